@@ -1,0 +1,123 @@
+"""Model -> captured graph -> program: runs the pipeline and gathers weights, graphs and records."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from autospec import debug, pipeline
+from autospec.capture import export_model, max_positions_of
+from autospec.config import Speculation
+from autospec.ir.match import calls
+from autospec.ir.passes import PassRecord
+from autospec.ir.runner import run_stages
+from autospec.ir.slots import slots
+from autospec.kernels.attention import attention
+from autospec.legality import check_captured
+from autospec.lower import lower
+from autospec.passes.fuse_linears import materialise
+from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
+from autospec.pipeline import DraftParts
+from autospec.program import CapturedModel, Graph, ModelFacts, Program, Shape
+
+
+def capture_model(model: Any, name: str = "target") -> CapturedModel:
+    """Export a Hugging Face causal LM, recognise its attention, and check that decoding it step by step is legal."""
+    exported = export_model(model)
+    limit = max_positions_of(model)
+    records = run_stages(
+        exported.graph, pipeline.understand(limit), graph_name=f"{name}.capture", debug=debug.options()
+    )
+    check_captured(model, exported.graph, exported.weights, exported.attention_calls)
+    return CapturedModel(exported.graph, exported.weights, _facts(model, exported.graph, limit), tuple(records))
+
+
+def _facts(model: Any, graph: fx.GraphModule, max_positions: int) -> ModelFacts:
+    shared = {node.args[1:3]: node for node in calls(graph, attention)}
+    bytes_per_token = 0
+    for node in shared.values():
+        for value in (source.meta["val"] for source in node.args[1:3]):  # type: ignore[union-attr]
+            bytes_per_token += value.shape[1] * value.shape[3] * value.dtype.itemsize
+    logits = graph.graph.output_node().args[0][0].meta["val"]  # type: ignore[index, union-attr]
+    weight = next(model.parameters())
+    return ModelFacts(
+        name=type(model).__name__, vocab_size=int(logits.shape[-1]), max_positions=max_positions, dtype=weight.dtype,
+        device=weight.device, num_kv_layers=len(shared), bytes_per_token=bytes_per_token,
+    )  # fmt: skip
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph, never of weights; metadata dictionaries are the copy's own."""
+    graph = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(module.graph, mapped)
+    graph.output(output)
+    for old, new in mapped.items():
+        new.meta = copy.copy(old.meta)
+    duplicate = fx.GraphModule(torch.nn.Module(), graph)
+    duplicate.meta = {"device": module.meta["device"]}
+    return duplicate
+
+
+def build_program(
+    target: CapturedModel, draft: CapturedModel | None, speculation: Speculation, shape: Shape, compile: str,
+    weights: dict[str, Tensor] | None = None, progress: bool = False,
+) -> Program:  # fmt: skip
+    """Run the pipeline for prefill and every step, lower the graphs and collect what they need.
+
+    Args:
+        weights: tensors of earlier programs by slot name; shared so that fused weights exist once.
+    """
+    records: list[PassRecord] = []
+    options = debug.options()
+
+    def run(source: CapturedModel, stages: Any, name: str) -> fx.GraphModule:
+        module = copy_graph(source.graph)
+        records.extend(run_stages(module, stages, graph_name=name, debug=options))
+        return module
+
+    parts = None
+    if draft is not None:
+        offset = target.facts.num_kv_layers
+        pieces = [
+            run(draft, pipeline.draft_model(shape, q_len, offset), f"draft_{q_len}") for q_len in (2, 1, shape.prefill_len)
+        ]
+        parts = DraftParts(draft.facts, *pieces)
+    plans = {"prefill": pipeline.prefill(shape, target.facts, speculation, parts)}
+    for draft_len in pipeline.draft_lens(speculation):
+        plans[f"step_{draft_len}"] = pipeline.step(shape, target.facts, speculation, parts, draft_len)
+    graphs: dict[str, Graph] = {}
+    for name, stages in tqdm(plans.items(), desc=f"building ({compile})", disable=not progress, leave=False):
+        graphs[name] = lower(run(target, stages, name), name, compile)
+    known = dict(target.weights)
+    if draft is not None:
+        known |= {WEIGHT_PREFIX + name: tensor for name, tensor in draft.weights.items()}
+    bound = {} if weights is None else weights
+    for graph in graphs.values():
+        for slot in graph.slots:
+            if slot.kind == "weight" and slot.name not in bound:
+                bound[slot.name] = materialise(slot, known)
+    return Program(shape, target.facts, graphs, bound, records)
+
+
+def state_bytes(target: CapturedModel, draft: CapturedModel | None, shape: Shape) -> int:
+    """Bytes of pages and history that a program of this shape allocates."""
+    per_token = target.facts.bytes_per_token + (draft.facts.bytes_per_token if draft is not None else 0)
+    return shape.num_pages * shape.page_size * per_token + shape.batch_size * shape.token_room * 8
+
+
+def num_nodes(program: Program) -> int:
+    """Graph nodes of all entry points, for the report."""
+    return sum(len(g.module.graph.nodes) for g in program.graphs.values() if g.module is not None)
+
+
+def next_power_of_two(value: int) -> int:
+    return 1 << max(0, math.ceil(math.log2(max(1, value))))
+
+
+__all__ = ["build_program", "capture_model", "copy_graph", "next_power_of_two", "num_nodes", "slots", "state_bytes"]

@@ -1,0 +1,321 @@
+"""Hugging Face module -> captured graph, or a reason why not.
+
+The module is exported once with symbolic batch and length. Attention arrives as `autospec.attention` through
+transformers' AttentionInterface, masks as MaskSpec values through the AttentionMaskInterface, experts through the
+ExpertsInterface. What does not arrive that way is left in the graph for recognize-attention. The module itself is left
+as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autospec.errors import AutospecError, CaptureError
+from autospec.ir.slots import Slot, assign_slot
+from autospec.kernels.attention import attention
+from autospec.masks import MaskSpec, mask_row, spec_of_rows
+
+INTERFACE = "autospec"
+EXAMPLE_SHAPE = (2, 11)
+
+# Keywords that an attention function receives and that do not change its result here: the mask already carries the
+# window, positions are applied to q and k before the call, and the rest only asks for extra outputs.
+_HARMLESS = {
+    "sliding_window", "position_ids", "position_embeddings", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict", "cache_position", "is_causal", "deterministic", "logits_to_keep", "layer_idx",
+    "hidden_states", "token_type_ids", "inputs_embeds", "labels", "target_dtype", "past_key_values", "head_mask",
+}  # fmt: skip
+
+
+@dataclass
+class _Recorder:
+    """Mask specs in the order in which the model asked for masks, and the number of attention calls."""
+
+    max_positions: int
+    specs: list[MaskSpec] = field(default_factory=list)
+    attention_calls: int = 0
+    masks_asked: int = 0
+    replaying: bool = False
+
+
+_recorder: _Recorder | None = None
+
+
+def _mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> MaskSpec:
+    """The mask function of the interface: evaluated in the recording run, replayed under export."""
+    assert _recorder is not None, "the autospec mask interface was called outside capture"
+    if _recorder.replaying:
+        if _recorder.masks_asked >= len(_recorder.specs):
+            raise CaptureError("the model asks for more masks under export than in an eager run")
+        spec = _recorder.specs[_recorder.masks_asked]
+        _recorder.masks_asked += 1
+        return spec
+    if attention_mask is not None:
+        raise CaptureError("the model builds an attention mask from data", help="mask tensors are not supported yet")
+    try:
+        found = spec_of_rows(mask_row(mask_function), _recorder.max_positions)
+    except AutospecError:
+        raise
+    except Exception as error:
+        found = f"it cannot be evaluated ({type(error).__name__}: {error})"
+    if isinstance(found, str):
+        raise CaptureError(
+            f"the attention mask is neither causal, windowed nor chunked: {found}",
+            help="encoders, prefix masks and masks made of data cannot be decoded step by step",
+        )
+    _recorder.specs.append(found)
+    return found
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, s_aux: Tensor | None = None,
+    sinks: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The attention function of the interface: one canonical op per call; fails on what it does not know."""
+    assert _recorder is not None, "the autospec attention interface was called outside capture"
+    where = type(module).__name__
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
+    if unknown:
+        raise CaptureError(f"attention was called with '{unknown[0]}', which autospec does not know", where=where)
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if attention_mask is None and is_causal:
+        attention_mask = MaskSpec()
+    if not isinstance(attention_mask, MaskSpec):
+        what = "no mask and is not causal" if attention_mask is None else "a mask made of data"
+        raise CaptureError(f"attention has {what}", where=where, help="only causal, windowed and chunked masks are known")
+    if dropout:
+        raise CaptureError("attention has dropout: the model is in training mode", where=where, help="call model.eval()")
+    _recorder.attention_calls += 1
+    extra = s_aux if s_aux is not None else sinks
+    if query.shape[1] % key.shape[1]:
+        raise CaptureError(f"{query.shape[1]} query heads do not group over {key.shape[1]} K/V heads", where=where)
+    out = attention(
+        query, key, value, None if extra is None else extra.reshape(-1),
+        float(scaling if scaling is not None else query.shape[-1] ** -0.5),
+        attention_mask.window, attention_mask.chunk, float(softcap or 0.0),
+    )  # fmt: skip
+    return out, None
+
+
+def _register() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(INTERFACE, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(INTERFACE, _mask)
+
+
+@contextlib.contextmanager
+def through_interfaces(model: Any, experts: str = "grouped_mm") -> Iterator[bool]:
+    """Route attention, masks and experts of `model` through autospec; yields whether attention goes there.
+
+    On exit every configuration is as it was.
+    """
+    _register()
+    attributes = ("_attn_implementation_internal", "_experts_implementation_internal")
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    saved = [(config, name, getattr(config, name, None)) for config in configs.values() for name in attributes]
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        routed = bool(model._can_set_attn_implementation())
+        if routed:
+            model.set_attn_implementation(INTERFACE)
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation(experts)
+        yield routed
+    finally:
+        for config, name, value in saved:
+            if hasattr(config, name):
+                setattr(config, name, value)
+        logger.setLevel(level)
+
+
+class _Logits(torch.nn.Module):
+    """input_ids [B, S], position_ids [B, S] -> logits [B, S, V] of the wrapped model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self.takes_positions = "position_ids" in parameters or takes_any
+        self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters or takes_any else {}
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        options = dict(self.options)
+        if self.takes_positions:
+            options["position_ids"] = position_ids
+        return self.model(input_ids=input_ids, **options).logits
+
+
+def eager_logits(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Logits [B, S, V] of the model as it is."""
+    with torch.no_grad():
+        return _Logits(model)(input_ids, position_ids)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The symbolic graph with slots, its weights, and what was counted while exporting."""
+
+    graph: fx.GraphModule
+    weights: dict[str, Tensor]
+    attention_calls: int
+    through_interface: bool
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the language model inside a (possibly composite) model."""
+    config = model.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def max_positions_of(model: Any) -> int:
+    """Positions that the model was built for; models that name no limit get 2^20."""
+    config = text_config(model)
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 1 << 20
+
+
+def example_inputs(model: Any, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+    """Random token ids and positions 0 ... S-1, both [B, S] int64, on the model's device."""
+    vocab_size = int(text_config(model).vocab_size)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab_size, shape, generator=generator)
+    reserved = {getattr(text_config(model), "pad_token_id", None)}
+    for token in reserved - {None}:
+        ids = torch.where(ids == token, (ids + 1) % vocab_size, ids)
+    device = next(model.parameters()).device
+    return ids.to(device), torch.arange(shape[1]).expand(shape).contiguous().to(device)
+
+
+def export_model(model: Any) -> Exported:
+    """Export with symbolic batch and length; raises CaptureError with the reason where that is not possible."""
+    global _recorder
+    wrapped = _Logits(model).eval()
+    inputs = example_inputs(model, EXAMPLE_SHAPE, seed=1)
+    _recorder = _Recorder(max_positions_of(model))
+    name = type(model).__name__
+    try:
+        with through_interfaces(model) as routed, torch.no_grad():
+            wrapped(*inputs)
+            calls = _recorder.attention_calls
+            _recorder.replaying = True
+            dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+            exported = torch.export.export(wrapped, inputs, dynamic_shapes=(dims, dims), strict=False)
+            exported = exported.run_decompositions({})
+    except CaptureError:
+        raise
+    except Exception as error:
+        nested = _capture_error_in(error)
+        if nested is not None:
+            raise nested from error
+        reason = str(error).strip().splitlines()
+        raise CaptureError(
+            f"{name} cannot be exported: {type(error).__name__}: {reason[0] if reason else ''}"[:300],
+            where=name,
+            help="a model whose Python code branches on tensor data cannot be captured",
+        ) from error
+    finally:
+        _recorder = None
+    graph, weights = _with_slots(exported, name)
+    return Exported(graph, weights, calls, routed)
+
+
+def _capture_error_in(error: BaseException) -> CaptureError | None:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, CaptureError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """A plain GraphModule whose placeholders carry slots; equal storage becomes one weight, unused ones go."""
+    signature = exported.graph_signature
+    if signature.buffers_to_mutate:
+        changed = next(iter(signature.buffers_to_mutate.values()))
+        raise CaptureError(f"the model writes to its own buffer {changed} while it runs", where=name)
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    named |= signature.inputs_to_lifted_tensor_constants
+    module = fx.GraphModule(torch.nn.Module(), exported.graph)
+    weights: dict[str, Tensor] = {}
+    by_storage: dict[tuple[Any, ...], fx.Node] = {}
+    user_inputs = iter(("input_ids", "position_ids"))
+    for node in list(module.graph.nodes):
+        node.meta["module"] = _module_path(node)
+        if node.op != "placeholder":
+            continue
+        full_name = named.get(node.name)
+        if full_name is None:
+            slot_name = next(user_inputs)
+            node.meta["slot"] = Slot("input", slot_name, (), torch.int64)
+            for axis, size in enumerate(node.meta["val"].shape):
+                if not isinstance(size, torch.SymInt):
+                    what = "batch" if axis == 0 else "length"
+                    raise CaptureError(
+                        f"export turned the {what} of {slot_name} into the constant {size}",
+                        where=name,
+                        help="the model's code fixes this dimension, so it cannot be decoded at other sizes",
+                    )
+            continue
+        if not node.users:
+            module.graph.erase_node(node)
+            continue
+        tensor = exported.state_dict.get(full_name)
+        if tensor is None:
+            tensor = exported.constants[full_name]
+        tensor = tensor.detach()
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key in by_storage and tensor.numel() > 0:
+            node.replace_all_uses_with(by_storage[key])
+            module.graph.erase_node(node)
+            continue
+        by_storage[key] = node
+        short = full_name.removeprefix("model.")
+        weights[short] = tensor
+        assign_slot(node, Slot("weight", short, tuple(tensor.shape), tensor.dtype))
+    _drop_checks(module)
+    module.graph.eliminate_dead_code()
+    module.meta["device"] = next(iter(weights.values())).device
+    output = module.graph.output_node()
+    output.args = (tuple(output.args[0]),)  # type: ignore[arg-type]
+    module.graph.lint()
+    module.recompile()
+    return module, weights
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return path.removeprefix("model").removeprefix(".")
+
+
+def _drop_checks(module: fx.GraphModule) -> None:
+    """Assertions about metadata and symbolic sizes: shapes become static, so they say nothing any more."""
+    checks = {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten.sym_constrain_range.default,
+        torch.ops.aten.sym_constrain_range_for_size.default,
+    }
+    for node in reversed(list(module.graph.nodes)):
+        if node.op == "call_function" and node.target in checks and not node.users:
+            module.graph.erase_node(node)

@@ -1,0 +1,1 @@
+"""The compiler's frame: graphs with declared inputs, passes over them, and their text."""

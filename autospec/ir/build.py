@@ -1,0 +1,121 @@
+"""Growing a graph: emit ops with their metadata, declare state, splice one graph into another."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autospec.ir.slots import Slot, find_slot, placeholder_name, slot_of
+
+
+def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
+    """The one FakeTensorMode that all metadata of a graph lives in."""
+    mode = module.meta.get("fake_mode")
+    assert isinstance(mode, FakeTensorMode), "the graph is not specialised yet: run specialize-shapes first"
+    return mode
+
+
+def device_of(module: fx.GraphModule) -> torch.device:
+    """The device that the graph's tensors live on."""
+    return module.meta["device"]
+
+
+def value_of(argument: Any) -> Any:
+    """Nodes replaced by their metadata, in nested arguments."""
+    return fx.map_arg(argument, lambda node: node.meta["val"])
+
+
+class Builder:
+    """Emits nodes before an anchor and keeps their `val` and `module` metadata right.
+
+    Args:
+        module: the graph that grows.
+        before: the node in front of which nodes appear; None: the output node.
+        owner: module path recorded on new nodes.
+    """
+
+    def __init__(self, module: fx.GraphModule, before: fx.Node | None = None, owner: str = "") -> None:
+        self.module, self.graph = module, module.graph
+        self.before = before if before is not None else self.graph.output_node()
+        self.owner = owner
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Emit one op; `target` is an OpOverload or a KernelOp."""
+        assert not self.before._erased, f"the builder's anchor %{self.before.name} was erased: erase it last"
+        op = target if isinstance(target, torch._ops.OpOverload) else target.op
+        with self.graph.inserting_before(self.before):
+            node = self.graph.create_node("call_function", op, args, kwargs, name=op._opname)
+        with fake_mode(self.module), torch.no_grad():
+            node.meta["val"] = op(*value_of(args), **value_of(kwargs))
+        node.meta["module"] = self.owner
+        return node
+
+    def calls(self, target: Any, *args: Any, **kwargs: Any) -> list[fx.Node]:
+        """Emit one op with several results, as one node each."""
+        node = self.call(target, *args, **kwargs)
+        results = []
+        for index, value in enumerate(node.meta["val"]):
+            with self.graph.inserting_before(self.before):
+                item = self.graph.call_function(operator.getitem, (node, index))
+            item.meta.update(val=value, module=self.owner)
+            results.append(item)
+        return results
+
+    def slot(self, slot: Slot) -> fx.Node:
+        """The placeholder of this slot, declared now if the graph does not have it."""
+        return declare(self.module, slot)
+
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0) -> fx.Node:
+        """Shorthand for a state slot."""
+        return self.slot(Slot("state", name, shape, dtype, fill))
+
+
+def declare(module: fx.GraphModule, slot: Slot, value: torch.Tensor | None = None) -> fx.Node:
+    """The placeholder of a slot; declaring it twice with different shapes is a broken invariant."""
+    existing = find_slot(module, slot.name)
+    if existing is not None:
+        known = slot_of(existing)
+        assert known == slot, f"slot {slot.name} was declared as {known} and again as {slot}"
+        return existing
+    placeholders = module.graph.find_nodes(op="placeholder")
+    last = placeholders[-1] if placeholders else None
+    context = module.graph.inserting_after(last) if last else module.graph.inserting_before(next(iter(module.graph.nodes)))
+    with context:
+        node = module.graph.placeholder(placeholder_name(slot.name))
+    if value is None:
+        with fake_mode(module):
+            value = torch.empty(slot.shape, dtype=slot.dtype, device=device_of(module))
+    node.meta.update(slot=slot, val=value, module="")
+    return node
+
+
+def splice(builder: Builder, part: fx.GraphModule, inputs: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """Copy `part` in front of the builder's anchor and return the nodes that stand for its outputs.
+
+    Slots of kind "input" are bound by `inputs`; weights and state are shared by name. `part` stays as it is.
+    """
+    mapped: dict[fx.Node, fx.Node] = {}
+    for node in part.graph.find_nodes(op="placeholder"):
+        slot = slot_of(node)
+        mapped[node] = inputs[slot.name] if slot.kind == "input" else builder.slot(slot)
+    for node in part.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            return list(fx.map_arg(node.args[0], lambda n: mapped[n]))
+        args = fx.map_arg(node.args, lambda n: mapped[n])
+        kwargs = fx.map_arg(node.kwargs, lambda n: mapped[n])
+        if node.target is operator.getitem:
+            with builder.graph.inserting_before(builder.before):
+                copy = builder.graph.call_function(operator.getitem, args, kwargs)
+            copy.meta["val"] = args[0].meta["val"][args[1]]
+        else:
+            copy = builder.call(node.target, *args, **kwargs)
+        copy.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+        mapped[node] = copy
+    raise AssertionError("a graph to splice has no output node")

@@ -1,0 +1,63 @@
+"""Runs passes and does their chores: counts, requires/ensures, dead code, lint, recompile, time, dumps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from autospec.debug import DebugOptions
+from autospec.ir.invariants import broken_invariants
+from autospec.ir.passes import Notes, Pass, PassRecord, Stage
+from autospec.ir.text import graph_text
+
+
+def run_stages(
+    module: fx.GraphModule, stages: Iterable[Stage], *, graph_name: str, debug: DebugOptions
+) -> list[PassRecord]:
+    """Run every pass of every stage on one graph, in order."""
+    records: list[PassRecord] = []
+    for stage in stages:
+        for one in stage.passes:
+            records.append(run_pass(module, one, stage.name, graph_name, len(records), debug))
+    return records
+
+
+def run_pass(
+    module: fx.GraphModule, one: Pass, stage: str = "", graph_name: str = "graph", number: int = 0,
+    debug: DebugOptions = DebugOptions(),  # noqa: B008 - a frozen value
+) -> PassRecord:  # fmt: skip
+    """Run one pass and hold it to its promises; a broken promise is an AssertionError that names the pass."""
+    _hold(one, "requires", one.requires(module))
+    before, nodes_before = graph_text(module, weights=True), len(module.graph.nodes)
+    notes = Notes()
+    start = time.perf_counter()
+    count = one.run(module, notes)
+    seconds = time.perf_counter() - start
+    if count:
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
+    after = graph_text(module, weights=True)
+    changed = before != after
+    assert changed == (count > 0), (
+        f"{one.name} says it changed {count} places, but the graph text {'changed' if changed else 'stayed the same'}"
+    )
+    _hold(one, "ensures", one.ensures(module))
+    if changed or debug.verify:
+        _hold(one, "invariants", broken_invariants(module))
+    if debug.dump:
+        folder = debug.directory / graph_name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02d}_{one.name}.before.txt").write_text(before)
+        (folder / f"{number:02d}_{one.name}.after.txt").write_text(after)
+    return PassRecord(
+        graph_name, stage, one.name, count, tuple(notes.refusals), tuple(notes.details), nodes_before,
+        len(module.graph.nodes), seconds,
+    )  # fmt: skip
+
+
+def _hold(one: Pass, what: str, sentences: Iterable[str]) -> None:
+    found: Sequence[str] = list(sentences)
+    assert not found, f"{one.name} {what}: " + "; ".join(found)

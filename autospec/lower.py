@@ -1,0 +1,106 @@
+"""Graph -> callable: eager, or Inductor with every reference inlined."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autospec.errors import LoweringError, OptionError
+from autospec.ir.build import Builder, fake_mode, value_of
+from autospec.ir.slots import slots
+from autospec.kernels.registry import KernelOp, find
+from autospec.program import Graph
+
+Compile = Literal["inductor", "eager"]
+
+
+def use_available_cores() -> int:
+    """Set torch's CPU threads from the affinity mask and return their number; containers often see more cores than they have."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    if torch.get_num_threads() != cores:
+        torch.set_num_threads(cores)
+    return cores
+
+
+def lower(module: fx.GraphModule, name: str, how: str) -> Graph:
+    """Make a program's graph callable over its slots, in order."""
+    declared = slots(module)
+    if how == "eager":
+        return Graph(name, declared, module, module)
+    if how != "inductor":
+        raise OptionError(f"compile must be 'inductor' or 'eager', got {how!r}", at=f"compile={how!r}")
+    start = time.perf_counter()
+    inline_references(module)
+    call = compile_with_inductor(module)
+    return Graph(name, declared, call, module, time.perf_counter() - start)
+
+
+def inline_references(module: fx.GraphModule) -> int:
+    """Replace canonical ops that run their reference by the reference's aten ops, so that Inductor fuses them."""
+    count = 0
+    for node in list(module.graph.nodes):
+        kernel = find(node.target) if node.op == "call_function" else None
+        if kernel is not None:
+            _inline(module, node, kernel)
+            count += 1
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return count
+
+
+def _inline(module: fx.GraphModule, node: fx.Node, kernel: KernelOp) -> None:
+    bound = kernel.bind(node.args, node.kwargs)
+    values = value_of(tuple(bound.values()))
+    leaves, spec = torch.utils._pytree.tree_flatten(tuple(bound.values()))
+    flat_values = value_of(leaves)
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+    del values
+
+    def over_tensors(*given: torch.Tensor) -> Any:
+        filled = list(flat_values)
+        for index, tensor in zip(tensors, given, strict=True):
+            filled[index] = tensor
+        return kernel.reference(*torch.utils._pytree.tree_unflatten(filled, spec))
+
+    with fake_mode(module), torch.no_grad():
+        traced = make_fx(over_tensors)(*[flat_values[i] for i in tensors])
+    builder = Builder(module, node, node.meta.get("module", ""))
+    mapped: dict[fx.Node, Any] = {}
+    sources = iter([leaves[i] for i in tensors])
+    results: Any = None
+    for inner in traced.graph.nodes:
+        if inner.op == "placeholder":
+            mapped[inner] = next(sources)
+        elif inner.op == "output":
+            results = fx.map_arg(inner.args[0], lambda n: mapped[n])
+        else:
+            assert inner.op == "call_function", f"the reference of {kernel.name} makes a constant: use arange, full, where"
+            args, kwargs = fx.map_arg((inner.args, inner.kwargs), lambda n: mapped[n])
+            mapped[inner] = builder.call(inner.target, *args, **kwargs)
+    if isinstance(results, fx.Node):
+        node.replace_all_uses_with(results)
+    elif results is not None:
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+    module.graph.erase_node(node)
+
+
+def compile_with_inductor(module: fx.GraphModule) -> Any:
+    """Compile with static shapes; weights and state are arguments, so no weight is copied."""
+    import torch._inductor
+
+    examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    plain = fx.GraphModule(torch.nn.Module(), module.graph)
+    try:
+        with torch.no_grad(), torch._inductor.config.patch(reorder_for_locality=False):
+            compiled = torch._inductor.standalone_compile(plain, examples, dynamic_shapes="from_example_inputs")  # type: ignore[arg-type]
+    except Exception as error:
+        raise LoweringError(f"Inductor failed: {type(error).__name__}: {str(error)[:300]}", help="try compile='eager'") from error
+    return compiled

@@ -1,0 +1,141 @@
+"""The one list of passes, in order: a table of contents of the compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculation
+from autospec.debug import disabled_kernels
+from autospec.ir.passes import Pass, Stage
+from autospec.passes.attach_draft_model import AttachDraftModel
+from autospec.passes.fold_noops import FoldNoops
+from autospec.passes.fuse_linears import FuseLinears
+from autospec.passes.gather_logits import GatherLogits
+from autospec.passes.offset_draft_layers import OffsetDraftLayers
+from autospec.passes.page_kv_cache import PageKvCache
+from autospec.passes.propose_draft import ProposeNgram, ProposeNothing
+from autospec.passes.recognize_attention import RecognizeAttention
+from autospec.passes.select_kernels import SelectKernels
+from autospec.passes.specialize_shapes import SpecializeShapes
+from autospec.passes.tag_roles import TagRoles
+from autospec.passes.verify_draft import CommitPrompt, VerifyDraft
+from autospec.passes.widen_decode import FeedPrompt, WidenDecode
+from autospec.program import ModelFacts, Shape
+from autospec.state import StateShape
+
+
+@dataclass(frozen=True)
+class DraftParts:
+    """An external draft model, specialised and paged for the places where it is spliced in."""
+
+    facts: ModelFacts
+    catch_up: fx.GraphModule
+    expand: fx.GraphModule
+    prefill: fx.GraphModule
+
+
+def understand(max_positions: int) -> list[Stage]:
+    """From an exported graph to canonical ops and roles."""
+    return [Stage("understand", [RecognizeAttention(max_positions=max_positions), TagRoles()])]
+
+
+def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False) -> list[Stage]:
+    """Static shapes and paged caches; what target and draft have in common."""
+    return [
+        Stage("specialise", [SpecializeShapes(batch_size=shape.batch_size, q_len=q_len), FoldNoops()]),
+        Stage("cache", [
+            PageKvCache(page_size=shape.page_size, num_pages=shape.num_pages, pages_per_row=shape.pages_per_row,
+                        is_length_given=is_length_given),
+        ]),
+    ]  # fmt: skip
+
+
+def draft_model(shape: Shape, q_len: int, layer_idx_offset: int) -> list[Stage]:
+    """An external draft model, ready to be spliced."""
+    return [
+        *specialise(shape, q_len, is_length_given=True),
+        Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset)]),
+    ]
+
+
+def prefill(shape: Shape, facts: ModelFacts, speculation: Speculation, draft: DraftParts | None) -> list[Stage]:
+    """A chunk of every prompt; where a prompt ends, its first token and the first draft."""
+    sizes = state_shape(shape, facts)
+    return [
+        *specialise(shape, shape.prefill_len),
+        Stage("widen", [
+            FeedPrompt(batch_size=shape.batch_size, q_len=shape.prefill_len, token_room=shape.token_room,
+                       max_position=facts.max_positions),
+            GatherLogits(),
+            CommitPrompt(sizes=sizes),
+        ]),
+        Stage("speculate", drafter(shape, facts, speculation, draft, is_prefill=True)),
+        *finish(),
+    ]  # fmt: skip
+
+
+def step(
+    shape: Shape, facts: ModelFacts, speculation: Speculation, draft: DraftParts | None, draft_len: int
+) -> list[Stage]:
+    """Verify `draft_len` drafts per request, commit, and seed the next draft."""
+    sizes = state_shape(shape, facts)
+    return [
+        *specialise(shape, draft_len + 1),
+        Stage("widen", [
+            WidenDecode(batch_size=shape.batch_size, next_n=draft_len + 1, max_nodes=shape.max_draft_len + 1,
+                        max_position=facts.max_positions),
+            VerifyDraft(sizes=sizes, draft_len=draft_len),
+        ]),
+        Stage("speculate", drafter(shape, facts, speculation, draft, is_prefill=False)),
+        *finish(),
+    ]  # fmt: skip
+
+
+def finish() -> list[Stage]:
+    """What every graph of a program ends with."""
+    return [
+        Stage("optimise", [FuseLinears()]),
+        Stage("select", [SelectKernels(disabled=disabled_kernels())]),
+    ]
+
+
+def drafter(
+    shape: Shape, facts: ModelFacts, speculation: Speculation, draft: DraftParts | None, *, is_prefill: bool
+) -> list[Pass]:
+    """The passes that seed the next draft."""
+    if isinstance(speculation, DraftTargetConfig):
+        assert draft is not None, "an external draft needs its parts"
+        return [
+            AttachDraftModel(
+                sizes=state_shape(shape, facts), draft_len=shape.max_draft_len, max_position=draft.facts.max_positions,
+                catch_up=draft.catch_up, expand=draft.expand, prefill=draft.prefill if is_prefill else None,
+            )
+        ]  # fmt: skip
+    if isinstance(speculation, (NGramConfig, AutoConfig)):
+        return [
+            ProposeNgram(
+                batch_size=shape.batch_size, max_nodes=shape.max_draft_len + 1, max_draft_len=shape.max_draft_len,
+                max_matching_ngram_size=speculation.max_matching_ngram_size,
+                is_use_oldest=isinstance(speculation, NGramConfig) and speculation.is_use_oldest,
+            )
+        ]  # fmt: skip
+    return [ProposeNothing(batch_size=shape.batch_size, max_nodes=shape.max_draft_len + 1)]
+
+
+def state_shape(shape: Shape, facts: ModelFacts) -> StateShape:
+    """The sizes that choosing and committing need."""
+    return StateShape(
+        batch_size=shape.batch_size, token_room=shape.token_room, vocab_size=facts.vocab_size,
+        max_draft_len=shape.max_draft_len, sampling=shape.sampling,
+    )  # fmt: skip
+
+
+def draft_lens(speculation: Speculation) -> tuple[int, ...]:
+    """The draft lengths that a program for this speculation has steps for."""
+    if speculation is None:
+        return (0,)
+    if isinstance(speculation, AutoConfig):
+        return speculation.draft_lens
+    return (speculation.max_draft_len,)

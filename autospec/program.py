@@ -1,0 +1,150 @@
+"""What capture produces and what the runtime runs: graphs over one set of weights and one state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from autospec.ir.passes import PassRecord
+from autospec.ir.slots import Slot
+
+SCRATCH_PAGES = 1  # physical page 0 takes the rows that belong nowhere
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the rest of the compiler needs to know of a model.
+
+    Args:
+        name: the class name, for messages.
+        vocab_size: width of the logits.
+        max_positions: number of positions the model was built for.
+        dtype, device: of the weights.
+        num_kv_layers: attention calls with K/V of their own.
+        bytes_per_token: size of one token's K/V rows in all layers.
+    """
+
+    name: str
+    vocab_size: int
+    max_positions: int
+    dtype: torch.dtype
+    device: torch.device
+    num_kv_layers: int
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class CapturedModel:
+    """A model as one symbolic graph: slots input_ids [B, S], position_ids [B, S] and weights -> logits [B, S, V].
+
+    The graph is never edited after capture; programs work on specialised copies.
+    """
+
+    graph: fx.GraphModule
+    weights: Mapping[str, Tensor]
+    facts: ModelFacts
+    records: tuple[PassRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a program is specialised for.
+
+    Args:
+        batch_size: rows.
+        max_length: tokens a request may have, prompt and output together.
+        page_size: cache rows per page.
+        prefill_len: prompt tokens per request in one prefill call.
+        max_draft_len: draft tokens of the widest step.
+        sampling: graphs that sample and process logits, or greedy ones that only take the argmax.
+    """
+
+    batch_size: int
+    max_length: int
+    page_size: int
+    prefill_len: int
+    max_draft_len: int
+    sampling: bool
+
+    @property
+    def reserve(self) -> int:
+        """Slots past the longest request that the widest step and its drafter may write."""
+        return self.max_draft_len + 2
+
+    @property
+    def pages_per_row(self) -> int:
+        return -(-(self.max_length + self.reserve) // self.page_size)
+
+    @property
+    def num_pages(self) -> int:
+        return self.batch_size * self.pages_per_row + SCRATCH_PAGES
+
+    @property
+    def token_room(self) -> int:
+        """Width of the token history: every slot that any step may write."""
+        return self.max_length + self.reserve
+
+
+@dataclass
+class Graph:
+    """One entry point of a program: a callable over its slots, in order."""
+
+    name: str
+    slots: tuple[Slot, ...]
+    call: Callable[..., object]
+    module: fx.GraphModule | None = None
+    seconds_to_compile: float = 0.0
+
+
+@dataclass
+class Program:
+    """A speculative program: `prefill` and one `step` per draft length, weights and the layout of the state.
+
+    Args:
+        shape: what it was specialised for.
+        facts: of the target model.
+        graphs: by name: "prefill", "step_0", "step_4", ...; the number is the step's draft length.
+        weights: by slot name.
+        records: what every pass did.
+    """
+
+    shape: Shape
+    facts: ModelFacts
+    graphs: dict[str, Graph]
+    weights: dict[str, Tensor]
+    records: list[PassRecord] = field(default_factory=list)
+
+    def draft_lens(self) -> list[int]:
+        """The draft lengths that have a step, ascending."""
+        return sorted(int(name.removeprefix("step_")) for name in self.graphs if name.startswith("step_"))
+
+    def state_slots(self) -> dict[str, Slot]:
+        """Every state slot of every graph, by name."""
+        found: dict[str, Slot] = {}
+        for graph in self.graphs.values():
+            for slot in graph.slots:
+                if slot.kind == "state":
+                    known = found.setdefault(slot.name, slot)
+                    assert known == slot, f"graphs disagree about state {slot.name}: {known} and {slot}"
+        return found
+
+    def new_state(self) -> dict[str, Tensor]:
+        """Freshly allocated state."""
+        return {
+            name: torch.full(slot.shape, slot.fill, dtype=slot.dtype, device=self.facts.device)
+            for name, slot in self.state_slots().items()
+        }
+
+    def bind(self, name: str, state: Mapping[str, Tensor]) -> Callable[[], object]:
+        """A graph as a function of nothing: its weights and state are looked up once."""
+        graph = self.graphs[name]
+        arguments = [self.weights[slot.name] if slot.kind == "weight" else state[slot.name] for slot in graph.slots]
+
+        def run() -> object:
+            with torch.no_grad():
+                return graph.call(*arguments)
+
+        return run

@@ -1,0 +1,71 @@
+"""Attention as captured: stateless and causal over one sequence, before any cache exists.
+
+q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] -> [B, S, Hq, Dv]. Hq is a multiple of Hkv.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autospec.kernels.registry import kernel_op
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Grouped-query attention with an explicit mask; the arithmetic shared by every attention reference.
+
+    q [B, N, Hq, D]; k [B, T, Hkv, D]; v [B, T, Hkv, Dv]; visible bool, broadcastable to [B, N, T];
+    sinks [Hq], one extra logit per head that takes probability and gives nothing. -> [B, N, Hq, Dv].
+    """
+    batch, q_len, q_heads, _ = q.shape
+    kv_heads, v_dim = k.shape[2], v.shape[3]
+    group = q_heads // kv_heads
+    # Queries that share a K/V head become rows of one matrix: K and V are read once and never repeated.
+    rows = q.reshape(batch, q_len, kv_heads, group, q.shape[3]).permute(0, 2, 1, 3, 4).reshape(batch, kv_heads, q_len * group, -1)
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    mask = visible[:, None, :, None, :].expand(-1, -1, -1, group, -1).reshape(visible.shape[0], 1, q_len * group, -1)
+    if softcap == 0.0 and sinks is None:
+        out = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+    else:
+        scores = torch.matmul(rows, keys.transpose(-1, -2)).float() * scale
+        if softcap != 0.0:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if sinks is not None:
+            extra = sinks.float().reshape(1, kv_heads, 1, group).expand(batch, -1, q_len, -1).reshape(batch, kv_heads, -1, 1)
+            scores = torch.cat([scores, extra], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : k.shape[1]]
+        out = torch.matmul(weights.to(values.dtype), values)
+    out = out.reshape(batch, kv_heads, q_len, group, v_dim).permute(0, 2, 1, 3, 4)
+    return out.reshape(batch, q_len, q_heads, v_dim).contiguous()
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, scale: float = 1.0, window: int = 0, chunk: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@kernel_op(fake=_fake)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, scale: float = 1.0, window: int = 0, chunk: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal attention; `window` > 0 sees the last `window` positions, `chunk` > 0 only its own chunk, self included.
+
+    q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], sinks [Hq] -> [B, S, Hq, Dv], dtype of q.
+    """
+    slots = torch.arange(q.shape[2], device=q.device)
+    visible = see(slots[:, None], slots[None, :], window, chunk)[None]
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible, sinks, scale, softcap)
+
+
+def see(query: Tensor, key: Tensor, window: int, chunk: int) -> Tensor:
+    """Which key positions a query position sees; broadcasts. The only place where window and chunk are interpreted."""
+    visible = key <= query
+    if window > 0:
+        visible = visible & (key > query - window)
+    if chunk > 0:
+        visible = visible & (key // chunk == query // chunk)
+    return visible

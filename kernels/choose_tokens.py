@@ -1,0 +1,342 @@
+"""The target's own choice after every node of a draft: the one place where a token is picked.
+
+T = 0: argmax of the logits. T > 0: argmax(l / T + G), l the processed logits and G the noise of autospec.kernels.noise
+(the Gumbel-max trick), so that sampling is a deterministic function of (row key, index, logits).
+Processors run in transformers' order: repetition penalty, temperature, top-k, top-p, min-p. They are exact at every
+node: a node's history is the request's tokens, its ancestors and itself. A drafter picks its chain with the same op on
+its own logits, so a draft model equal to the target agrees with it at every temperature and under every filter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autospec.kernels.launch import jit, no_gpu, power_of_2, rows_of, tl, wrap_triton
+from autospec.kernels.noise import block_gumbel, gumbel
+from autospec.kernels.registry import kernel_op
+from autospec.kernels.tree_tables import ancestors
+
+
+def filter_scores(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """scores [B, N, V] float32, after temperature; top_k [B] int (0: off), top_p [B] (1: off), min_p [B] (0: off)."""
+    vocab_size = scores.shape[-1]
+    ascending, order = torch.sort(scores, dim=-1, stable=True)
+    kept = torch.where(top_k > 0, top_k, vocab_size).clamp(1, vocab_size).long()[:, None, None]
+    kth_best = ascending.gather(2, (vocab_size - kept).expand(-1, scores.shape[1], 1))
+    # Ties with the k-th best stay, as in transformers.
+    below_k = ascending < kth_best
+    ascending = ascending.masked_fill(below_k, float("-inf"))
+    below_p = torch.softmax(ascending, dim=-1).cumsum(-1) <= 1.0 - top_p[:, None, None]
+    is_best = torch.arange(vocab_size, device=scores.device) == vocab_size - 1
+    below_p = below_p & ~is_best & (top_p < 1.0)[:, None, None]
+    ascending = ascending.masked_fill(below_p, float("-inf"))
+    probabilities = torch.softmax(ascending, dim=-1)
+    below_min = probabilities < min_p[:, None, None] * probabilities[..., -1:]
+    removed = (below_k | below_p | below_min) & ~is_best
+    return scores.masked_fill(torch.zeros_like(removed).scatter(2, order, removed), float("-inf"))
+
+
+def penalize_repetition(
+    logits: Tensor, penalty: Tensor, seen: Tensor, draft_tokens: Tensor, related: Tensor
+) -> Tensor:
+    """Divide positive and multiply negative logits of tokens in a node's history by the row's penalty.
+
+    logits [B, R, V]; penalty [B]; seen bool [B, V]; draft_tokens [B, N]; related bool [B, R, N]: ancestors and self.
+    """
+    batch, rows, vocab_size = logits.shape
+    on_path = torch.zeros(batch, rows, vocab_size, dtype=torch.int32, device=logits.device)
+    on_path = on_path.scatter_add(2, draft_tokens[:, None, :].expand(-1, rows, -1), related.to(torch.int32))
+    repeated = seen[:, None, :] | (on_path > 0)
+    factor = penalty[:, None, None]
+    return torch.where(repeated, torch.where(logits < 0, logits * factor, logits / factor), logits)
+
+
+@kernel_op()
+def choose_tokens(
+    logits: Tensor, draft_tokens: Tensor, tree_parents: Tensor, kv_lens: Tensor, row_keys: Tensor, temperature: Tensor,
+    top_k: Tensor, top_p: Tensor, min_p: Tensor, repetition_penalty: Tensor, seen: Tensor, first_node: int = 0,
+) -> Tensor:
+    """Choose the token after each of R consecutive nodes, `first_node` being the first: [B, R] int64.
+
+    logits [B, R, V]; draft_tokens [B, N] int64 and tree_parents [B, N] int32, the whole draft; kv_lens [B] int32, the
+    root's slot; row_keys [B] int64; temperature, top_p, min_p, repetition_penalty [B] float32; top_k [B] int32;
+    seen bool [B, V]: tokens of the request's history, root included.
+    """
+    rows = logits.shape[1]
+    related = ancestors(tree_parents)[:, first_node : first_node + rows]
+    depth = related.sum(-1) - 1
+    scores = penalize_repetition(logits.float(), repetition_penalty, seen, draft_tokens, related)
+    is_greedy = (temperature == 0.0)[:, None, None]
+    warmed = filter_scores(scores / torch.where(temperature == 0.0, 1.0, temperature)[:, None, None], top_k, top_p, min_p)
+    index = kv_lens.long()[:, None] + depth + 1
+    noisy = warmed + gumbel(row_keys, index, logits.shape[-1])
+    return torch.where(is_greedy, scores, noisy).argmax(-1)
+
+
+@kernel_op()
+def choose_greedy(logits: Tensor) -> Tensor:
+    """logits [B, R, V] -> [B, R] int64: choose_tokens at temperature 0 without processors; ties to the lowest id."""
+    return logits.float().argmax(-1)
+
+
+@kernel_op(mutates=("seen",))
+def mark_seen(seen: Tensor, emitted: Tensor) -> None:
+    """Add emitted [B, E] int64 (-1: none) to the history seen bool [B, V]."""
+    batch, vocab_size = seen.shape
+    hits = torch.zeros(batch, vocab_size, dtype=torch.int32, device=seen.device)
+    hits = hits.scatter_add(1, emitted.clamp(min=0), (emitted >= 0).to(torch.int32))
+    seen.copy_(seen | (hits > 0))
+
+
+BLOCK_V = 2048  # ids per program; the sums of the filters run in this order, so it must not depend on the shape
+
+# A program serves one row (i_r: request i_b, node i_n) and a block of token ids (o_v). The noise, penalty, temperature
+# and filters are recomputed from the logits where they are needed: nothing of size [B, R, V] is ever written.
+
+
+@jit
+def node_depth(p_parents, i_n):
+    """Edges from a node to the root, 0 for an absent node; p_parents points at the request's row."""
+    node, depth = i_n, i_n * 0
+    while node > 0:
+        parent = tl.load(p_parents + node)
+        node = tl.where(parent < node, parent, -1)
+        depth += 1
+    return tl.where(node == 0, depth, 0)
+
+
+@jit
+def warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature):
+    """Logits of ids o_v after repetition penalty and temperature, float32; -inf past the vocabulary."""
+    m_v = o_v < vocab_size
+    b_score = tl.load(p_logits + o_v, mask=m_v, other=-float("inf")).to(tl.float32)
+    if penalty != 1.0:
+        m_repeated = tl.load(p_seen + o_v, mask=m_v, other=0) != 0
+        node = i_n
+        for _ in range(depth + 1):
+            m_repeated = m_repeated | (o_v == tl.load(p_draft + node))
+            node = tl.load(p_parents + node)
+        b_score = tl.where(m_repeated, tl.where(b_score < 0, b_score * penalty, tl.div_rn(b_score, penalty)), b_score)
+    return tl.div_rn(b_score, temperature)
+
+
+@jit
+def ordered(b_score):
+    """Scores as int64 in [0, 2^32) with the same order; both zeros are one number."""
+    bits = tl.where(b_score == 0.0, 0.0, b_score).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+
+
+@jit
+def find_cutoffs(
+    p_logits, p_draft, p_parents, p_temperature, p_top_k, p_top_p, p_penalty, p_seen, p_best, p_floor, p_first,
+    stride_lb, stride_lr, vocab_size, q_len, first_node, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):
+    """What top-k and top-p leave of a row: the best score, the lowest score kept (as `ordered`) and, of its ties, the
+    lowest id kept. No sort: the k-th best and the edge of the mass are built two bits at a time, 16 passes over the row.
+    """
+    i_r = tl.program_id(0)
+    i_b, i_n = i_r // ROWS, first_node + i_r % ROWS
+    temperature = tl.load(p_temperature + i_b)
+    top_k, top_p, penalty = tl.load(p_top_k + i_b), tl.load(p_top_p + i_b), tl.load(p_penalty + i_b)
+    p_logits += i_b.to(tl.int64) * stride_lb + (i_r % ROWS) * stride_lr
+    p_seen += i_b.to(tl.int64) * vocab_size
+    p_draft += i_b * q_len
+    p_parents += i_b * q_len
+    floor = tl.full((), 0, tl.int64)
+    first = tl.full((), 0, tl.int32)
+    best = tl.full((), -float("inf"), tl.float32)
+    if temperature > 0.0:
+        depth = node_depth(p_parents, i_n)
+        b_best = tl.full((BLOCK_V,), -float("inf"), tl.float32)
+        for i_v in range(0, vocab_size, BLOCK_V):
+            o_v = i_v + tl.arange(0, BLOCK_V)
+            b_best = tl.maximum(b_best, warm_scores(
+                p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature))
+        best = tl.max(b_best, 0)
+        if (top_k > 0) & (top_k < vocab_size):
+            for i_bit in range(16):
+                unit = tl.full((), 1, tl.int64) << (30 - 2 * i_bit)
+                b_1 = tl.zeros((BLOCK_V,), tl.int32)
+                b_2 = tl.zeros((BLOCK_V,), tl.int32)
+                b_3 = tl.zeros((BLOCK_V,), tl.int32)
+                for i_v in range(0, vocab_size, BLOCK_V):
+                    o_v = i_v + tl.arange(0, BLOCK_V)
+                    b_score = warm_scores(
+                        p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
+                    b_key = tl.where(o_v < vocab_size, ordered(b_score), -1)
+                    b_1 += (b_key >= floor + unit).to(tl.int32)
+                    b_2 += (b_key >= floor + 2 * unit).to(tl.int32)
+                    b_3 += (b_key >= floor + 3 * unit).to(tl.int32)
+                digit = ((tl.sum(b_1, 0) >= top_k).to(tl.int64) + (tl.sum(b_2, 0) >= top_k).to(tl.int64)
+                         + (tl.sum(b_3, 0) >= top_k).to(tl.int64))
+                floor += digit * unit
+        if top_p < 1.0:
+            kth = floor
+            b_total = tl.zeros((BLOCK_V,), tl.float32)
+            for i_v in range(0, vocab_size, BLOCK_V):
+                o_v = i_v + tl.arange(0, BLOCK_V)
+                b_score = warm_scores(
+                    p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
+                b_total += tl.where(ordered(b_score) >= kth, tl.exp(b_score - best), 0.0)
+            bound = (1.0 - top_p) * tl.sum(b_total, 0)
+            floor = tl.full((), 0, tl.int64)
+            below = tl.full((), 0.0, tl.float32)
+            for i_bit in range(16):
+                unit = tl.full((), 1, tl.int64) << (30 - 2 * i_bit)
+                b_1m = tl.zeros((BLOCK_V,), tl.float32)
+                b_2m = tl.zeros((BLOCK_V,), tl.float32)
+                b_3m = tl.zeros((BLOCK_V,), tl.float32)
+                for i_v in range(0, vocab_size, BLOCK_V):
+                    o_v = i_v + tl.arange(0, BLOCK_V)
+                    b_score = warm_scores(
+                        p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
+                    b_key = ordered(b_score)
+                    b_mass = tl.where(b_key >= kth, tl.exp(b_score - best), 0.0)
+                    b_1m += tl.where(b_key < floor + unit, b_mass, 0.0)
+                    b_2m += tl.where(b_key < floor + 2 * unit, b_mass, 0.0)
+                    b_3m += tl.where(b_key < floor + 3 * unit, b_mass, 0.0)
+                mass_1, mass_2, mass_3 = tl.sum(b_1m, 0), tl.sum(b_2m, 0), tl.sum(b_3m, 0)
+                digit = ((mass_1 <= bound).to(tl.int64) + (mass_2 <= bound).to(tl.int64) + (mass_3 <= bound).to(tl.int64))
+                below = tl.where(digit == 3, mass_3, tl.where(digit == 2, mass_2, tl.where(digit == 1, mass_1, below)))
+                floor += digit * unit
+            # Of the ties at the edge those with the lowest ids go first; one best score stays whatever top_p says.
+            top = ordered(best)
+            m_all = floor > top
+            floor = tl.where(m_all, top, floor)
+            b_ties = tl.zeros((BLOCK_V,), tl.int32)
+            b_mass = tl.zeros((BLOCK_V,), tl.float32)
+            for i_v in range(0, vocab_size, BLOCK_V):
+                o_v = i_v + tl.arange(0, BLOCK_V)
+                b_score = warm_scores(
+                    p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
+                m_tie = (ordered(b_score) == floor) & (o_v < vocab_size)
+                b_ties += m_tie.to(tl.int32)
+                b_mass = tl.maximum(b_mass, tl.where(m_tie, tl.exp(b_score - best), 0.0))
+            ties, mass = tl.sum(b_ties, 0), tl.max(b_mass, 0)
+            gone = tl.floor(tl.div_rn(bound - below, tl.where(mass > 0.0, mass, 1.0)))
+            gone = tl.minimum(tl.maximum(gone, 0.0), 16777216.0).to(tl.int32)
+            gone = tl.minimum(tl.where(m_all, ties, gone), ties - 1)
+            if gone > 0:
+                passed = tl.full((), 0, tl.int32)
+                first = tl.full((), 2147483647, tl.int32)
+                for i_v in range(0, vocab_size, BLOCK_V):
+                    o_v = i_v + tl.arange(0, BLOCK_V)
+                    b_score = warm_scores(
+                        p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
+                    b_tie = ((ordered(b_score) == floor) & (o_v < vocab_size)).to(tl.int32)
+                    m_kept = (b_tie > 0) & (passed + tl.cumsum(b_tie, 0) > gone)
+                    first = tl.minimum(first, tl.min(tl.where(m_kept, o_v, 2147483647), 0))
+                    passed += tl.sum(b_tie, 0)
+    tl.store(p_best + i_r, best)
+    tl.store(p_floor + i_r, floor)
+    tl.store(p_first + i_r, first)
+
+
+@jit
+def pick_in_blocks(
+    p_logits, p_draft, p_parents, p_lens, p_keys, p_temperature, p_min_p, p_penalty, p_seen, p_best, p_floor, p_first,
+    p_value, p_id, stride_lb, stride_lr, vocab_size, q_len, first_node, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):
+    """The best of each block of ids: scores, filters and noise fused; greedy rows skip the last two."""
+    i_v, i_r = tl.program_id(0), tl.program_id(1)
+    i_b, i_n = i_r // ROWS, first_node + i_r % ROWS
+    temperature, penalty = tl.load(p_temperature + i_b), tl.load(p_penalty + i_b)
+    p_logits += i_b.to(tl.int64) * stride_lb + (i_r % ROWS) * stride_lr
+    p_seen += i_b.to(tl.int64) * vocab_size
+    p_draft += i_b * q_len
+    p_parents += i_b * q_len
+    depth = node_depth(p_parents, i_n)
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    divisor = tl.where(temperature == 0.0, 1.0, temperature)
+    b_score = warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, divisor)
+    if temperature != 0.0:
+        floor, first, best = tl.load(p_floor + i_r), tl.load(p_first + i_r), tl.load(p_best + i_r)
+        b_key = ordered(b_score)
+        m_kept = (b_key > floor) | ((b_key == floor) & (o_v >= first))
+        m_kept &= tl.exp(b_score - best) >= tl.load(p_min_p + i_b)
+        index = tl.load(p_lens + i_b) + depth + 1
+        b_noise = block_gumbel(tl.load(p_keys + i_b), index, i_v * (BLOCK_V // 4), BLOCK_V // 4)
+        b_score = tl.where(m_kept, b_score + b_noise, -float("inf"))
+    value = tl.max(b_score, 0)
+    o_out = i_r * tl.num_programs(0) + i_v
+    tl.store(p_value + o_out, value)
+    tl.store(p_id + o_out, tl.min(tl.where(b_score == value, o_v, 2147483647), 0))
+
+
+@jit
+def best_in_blocks(p_logits, p_value, p_id, stride_lb, stride_lr, vocab_size, ROWS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The best of each block of ids, without processors."""
+    i_v, i_r = tl.program_id(0), tl.program_id(1)
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    p_logits += (i_r // ROWS).to(tl.int64) * stride_lb + (i_r % ROWS) * stride_lr
+    b_score = tl.load(p_logits + o_v, mask=o_v < vocab_size, other=-float("inf")).to(tl.float32)
+    value = tl.max(b_score, 0)
+    o_out = i_r * tl.num_programs(0) + i_v
+    tl.store(p_value + o_out, value)
+    tl.store(p_id + o_out, tl.min(tl.where(b_score == value, o_v, 2147483647), 0))
+
+
+@jit
+def best_of_blocks(p_value, p_id, p_token, blocks, vocab_size, BLOCK: tl.constexpr):
+    """The lowest id among the best of all blocks; a row of NaN still gives a valid id."""
+    i_r, o_block = tl.program_id(0), tl.arange(0, BLOCK)
+    m_block = o_block < blocks
+    b_value = tl.load(p_value + i_r * blocks + o_block, mask=m_block, other=-float("inf"))
+    b_id = tl.load(p_id + i_r * blocks + o_block, mask=m_block, other=2147483647)
+    token = tl.min(tl.where(b_value == tl.max(b_value, 0), b_id, 2147483647), 0)
+    tl.store(p_token + i_r, tl.minimum(token, vocab_size - 1).to(tl.int64))
+
+
+def block_partials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the best value and id of every block of every row."""
+    rows, blocks = logits.shape[0] * logits.shape[1], (logits.shape[2] + BLOCK_V - 1) // BLOCK_V
+    return logits.new_empty(rows, blocks, dtype=torch.float32), logits.new_empty(rows, blocks, dtype=torch.int32)
+
+
+def reduce_blocks(value: Tensor, token: Tensor, logits: Tensor) -> Tensor:
+    """Block winners -> [B, R] int64."""
+    chosen = logits.new_empty(logits.shape[:2], dtype=torch.int64)
+    blocks = value.shape[1]
+    wrap_triton(best_of_blocks)[(value.shape[0],)](
+        value, token, chosen, blocks, logits.shape[2], BLOCK=power_of_2(blocks), num_warps=1
+    )
+    return chosen
+
+
+@choose_tokens.implementation("triton", why_not=no_gpu)
+def choose_tokens_triton(
+    logits: Tensor, draft_tokens: Tensor, tree_parents: Tensor, kv_lens: Tensor, row_keys: Tensor, temperature: Tensor,
+    top_k: Tensor, top_p: Tensor, min_p: Tensor, repetition_penalty: Tensor, seen: Tensor, first_node: int = 0,
+) -> Tensor:
+    """Three launches: cut-offs (immediate where no filter is on), best per block with the noise fused in, best of all."""
+    logits = rows_of(logits)
+    batch, rows, vocab_size = logits.shape
+    q_len = draft_tokens.shape[1]
+    draft_tokens, tree_parents, seen = draft_tokens.contiguous(), tree_parents.contiguous(), seen.contiguous()
+    best = logits.new_empty(batch * rows, dtype=torch.float32)
+    floor = logits.new_empty(batch * rows, dtype=torch.int64)
+    first = logits.new_empty(batch * rows, dtype=torch.int32)
+    value, token = block_partials(logits)
+    wrap_triton(find_cutoffs)[(batch * rows,)](
+        logits, draft_tokens, tree_parents, temperature, top_k, top_p, repetition_penalty, seen, best, floor, first,
+        logits.stride(0), logits.stride(1), vocab_size, q_len, first_node, ROWS=rows, BLOCK_V=BLOCK_V, num_warps=8,
+    )
+    wrap_triton(pick_in_blocks)[(value.shape[1], batch * rows)](
+        logits, draft_tokens, tree_parents, kv_lens, row_keys, temperature, min_p, repetition_penalty, seen,
+        best, floor, first, value, token,
+        logits.stride(0), logits.stride(1), vocab_size, q_len, first_node, ROWS=rows, BLOCK_V=BLOCK_V,
+    )
+    return reduce_blocks(value, token, logits)
+
+
+@choose_greedy.implementation("triton", why_not=no_gpu)
+def choose_greedy_triton(logits: Tensor) -> Tensor:
+    """A two-stage argmax: a row of 128k logits keeps 63 programs busy instead of one."""
+    logits = rows_of(logits)
+    value, token = block_partials(logits)
+    wrap_triton(best_in_blocks)[(value.shape[1], value.shape[0])](
+        logits, value, token, logits.stride(0), logits.stride(1), logits.shape[2], ROWS=logits.shape[1], BLOCK_V=BLOCK_V
+    )
+    return reduce_blocks(value, token, logits)

@@ -1,0 +1,115 @@
+"""The bookkeeping of a step on the device: read the next inputs from the state, commit what was accepted.
+
+State invariants at every boundary: tokens[b, : kv_lens[b] + 1] are the request's real tokens; the target's cache holds
+kv_lens rows; tokens[b, kv_lens] is the root of the next draft. `tokens` has room for the widest step past every limit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autospec.kernels.registry import kernel_op
+
+
+@kernel_op()
+def prompt_chunk(tokens: Tensor, kv_lens: Tensor, prompt_lens: Tensor, q_len: int) -> tuple[Tensor, Tensor]:
+    """The next `q_len` prompt tokens of each request: chunk [B, q_len] int64 and q_lens [B] int32, how many are real.
+
+    tokens [B, T] int64; kv_lens, prompt_lens [B] int32. Requests whose prompt is in the cache have q_lens 0.
+    """
+    slot = kv_lens.long()[:, None] + torch.arange(q_len, device=tokens.device)[None, :]
+    chunk = tokens.gather(1, slot.clamp(max=tokens.shape[1] - 1))
+    return chunk, (prompt_lens - kv_lens).clamp(0, q_len)
+
+
+@kernel_op()
+def last_rows(hidden: Tensor, q_lens: Tensor) -> Tensor:
+    """hidden [B, N, ...], q_lens [B] -> [B, 1, ...]: the last valid row of each request (row 0 where there is none)."""
+    row = (q_lens.long() - 1).clamp(min=0)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), row].unsqueeze(1)
+
+
+@kernel_op()
+def tokens_at(tokens: Tensor, starts: Tensor, count: int) -> Tensor:
+    """tokens [B, T] int64, starts [B] -> [B, count] int64: `count` consecutive tokens from `starts` on, clamped to T."""
+    slot = starts.long()[:, None] + torch.arange(count, device=tokens.device)[None, :]
+    return tokens.gather(1, slot.clamp(0, tokens.shape[1] - 1))
+
+
+@kernel_op(mutates=("tokens", "kv_lens", "finished"))
+def commit_prompt(
+    tokens: Tensor, kv_lens: Tensor, finished: Tensor, prompt_lens: Tensor, limits: Tensor, eos_ids: Tensor,
+    q_lens: Tensor, target_tokens: Tensor,
+) -> Tensor:
+    """After a prefill chunk: advance kv_lens by q_lens; where the prompt ended, write the first chosen token.
+
+    tokens [B, T] int64, kv_lens int32, finished bool, prompt_lens, limits, q_lens int32 [B]; eos_ids [E] int64;
+    target_tokens [B, 1] int64. -> emitted [B, 1] int64, -1 where the prompt goes on. Mutates tokens, kv_lens, finished.
+    """
+    ended = (kv_lens + q_lens == prompt_lens) & (q_lens > 0)
+    slot = prompt_lens.long()[:, None]
+    emitted = torch.where(ended[:, None], target_tokens, -1)
+    tokens.copy_(tokens.scatter(1, slot, torch.where(ended[:, None], target_tokens, tokens.gather(1, slot))))
+    is_eos = (target_tokens == eos_ids[None, :]).any(1)
+    finished.copy_(finished | (ended & (is_eos | (prompt_lens + 1 >= limits))))
+    kv_lens.copy_(kv_lens + q_lens)
+    return emitted
+
+
+@kernel_op(mutates=("tokens", "kv_lens", "finished", "accept_counts"))
+def commit_step(
+    tokens: Tensor, kv_lens: Tensor, finished: Tensor, accept_counts: Tensor, prompt_lens: Tensor, limits: Tensor,
+    eos_ids: Tensor, draft_tokens: Tensor, accept_length: Tensor, accept_path: Tensor, bonus_token: Tensor,
+) -> Tensor:
+    """Emit accepted path and bonus token of every live request, cut at the first eos and at its limit.
+
+    tokens [B, T] int64; kv_lens [B] int32; finished [B] bool; accept_counts [>= L+1] int64: live rows seen, then rows
+    that accepted at least d tokens (counted before the cut); prompt_lens, limits [B] int32: length at which a request
+    ends; eos_ids [E] int64; draft_tokens [B, N] int64; accept_length [B], accept_path [B, L+1] int32; bonus_token [B].
+    -> emitted [B, L+1] int64, -1 padded. Mutates tokens, kv_lens, finished, accept_counts.
+    """
+    batch, steps = accept_path.shape
+    index = torch.arange(steps, device=tokens.device)[None, :]
+    live = ~finished & (kv_lens >= prompt_lens)
+    following = torch.nn.functional.pad(accept_path[:, 1:].long(), (0, 1), value=-1)
+    run = torch.where(index == accept_length[:, None], bonus_token[:, None], draft_tokens.gather(1, following.clamp(min=0)))
+    offered = index <= accept_length[:, None]
+    is_eos = (run[:, :, None] == eos_ids[None, None, :]).any(2) & offered
+    first_eos = torch.where(is_eos, index, steps).amin(1)
+    count = torch.minimum(accept_length.long() + 1, first_eos + 1)
+    count = torch.minimum(count, limits.long() - kv_lens.long() - 1).clamp(min=0)
+    count = torch.where(live, count, 0)
+    valid = index < count[:, None]
+    slot = kv_lens.long()[:, None] + 1 + index
+    tokens.copy_(tokens.scatter(1, slot, torch.where(valid, run, tokens.gather(1, slot))))
+    reached = torch.cat([live[:, None], (accept_length[:, None] >= index[:, 1:]) & live[:, None]], 1).sum(0)
+    accept_counts.copy_(accept_counts + torch.nn.functional.pad(reached, (0, accept_counts.shape[0] - steps)))
+    ended = (first_eos < count) | (kv_lens.long() + 1 + count >= limits.long())
+    finished.copy_(finished | (live & ended))
+    kv_lens.copy_(kv_lens + count.to(kv_lens.dtype))
+    return torch.where(valid, run, -1)
+
+
+@kernel_op(mutates=("draft_tokens", "tree_parents"))
+def store_draft(draft_tokens: Tensor, tree_parents: Tensor, new_tokens: Tensor, new_parents: Tensor) -> None:
+    """Make new_tokens, new_parents [B, N] the draft of the next step: draft_tokens int64, tree_parents int32 [B, >= N].
+
+    Every word is rewritten; nodes past N become absent."""
+    room = draft_tokens.shape[1] - new_tokens.shape[1]
+    draft_tokens.copy_(torch.nn.functional.pad(new_tokens, (0, room)))
+    tree_parents.copy_(torch.nn.functional.pad(new_parents, (0, room), value=-1))
+
+
+@kernel_op()
+def chain_draft(tokens: Tensor, kv_lens: Tensor, limits: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
+    """The chain root -> drafts[:, 0] -> drafts[:, 1] ...: draft_tokens [B, L+1] int64, tree_parents [B, L+1] int32.
+
+    tokens [B, T], the root at kv_lens [B] int32; drafts [B, L] int64. Nodes at or past limits [B] int32 are absent.
+    """
+    batch, count = drafts.shape
+    step = torch.arange(count, device=tokens.device)[None, :]
+    last = kv_lens.long()[:, None]
+    parents = torch.where(last + 1 + step < limits.long()[:, None], step, -1)
+    root = torch.full((batch, 1), -1, dtype=torch.int64, device=tokens.device)
+    return torch.cat([tokens.gather(1, last), drafts], 1), torch.cat([root, parents], 1).to(torch.int32)

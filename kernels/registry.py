@@ -1,0 +1,115 @@
+"""The registry of canonical ops: a reference is the schema, the fake kernel and the CPU implementation.
+
+    @kernel_op(mutates=("k_pages", "v_pages"))
+    def append_kv(k: Tensor, ...) -> None: ...          # defines torch.ops.autospec.append_kv
+
+    @append_kv.implementation("triton", why_not=needs_cuda)
+    def append_kv_triton(k: Tensor, ...) -> None: ...   # defines torch.ops.autospec_triton.append_kv
+
+An op's file holds its reference, its support checks, its implementations and its bench, in that order.
+`why_not` receives the op's arguments by name (FakeTensors and scalars) and states a fact, or returns None.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Support = Callable[[Mapping[str, Any]], str | None]
+
+if not __name__.startswith("autospec."):
+    raise ImportError(
+        f"this file is autospec.kernels.registry, but was imported as {__name__}: always import kernels through "
+        "'autospec.kernels' (a second copy would register every op twice)"
+    )
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op: the backend's name, when it cannot, and the op that replaces the canonical one."""
+
+    backend: str
+    why_not: Support
+    op: Any  # torch._ops.OpOverload
+    function: Callable[..., Any]
+
+
+@dataclass
+class KernelOp:
+    """A canonical op: its reference, its torch operator and its implementations in order of preference."""
+
+    name: str
+    reference: Callable[..., Any]
+    mutates: tuple[str, ...]
+    op: Any  # torch._ops.OpOverload
+    signature: inspect.Signature
+    implementations: list[Implementation] = field(default_factory=list)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.op(*args, **kwargs)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name, defaults filled in."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def implementation(self, backend: str, *, why_not: Support) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register a faster implementation with the reference's signature."""
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            define = torch.library.triton_op if backend == "triton" else torch.library.custom_op
+            definition: Any = define(f"autospec_{backend}::{self.name}", function, mutates_args=self.mutates)
+            if backend != "triton":
+                definition.register_fake(self.reference)
+            op = getattr(getattr(torch.ops, f"autospec_{backend}"), self.name).default
+            self.implementations.append(Implementation(backend, why_not, op, function))
+            return function
+
+        return register
+
+
+REGISTRY: dict[str, KernelOp] = {}
+
+
+def kernel_op(
+    *, mutates: tuple[str, ...] = (), fake: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], KernelOp]:
+    """Define `autospec::<name>` from its reference.
+
+    Args:
+        mutates: names of the tensors that the op writes.
+        fake: shapes and dtypes of the results, where running the reference on FakeTensors would guard on them.
+    """
+
+    def register(reference: Callable[..., Any]) -> KernelOp:
+        name = reference.__name__
+        definition = torch.library.custom_op(f"autospec::{name}", reference, mutates_args=mutates)
+        definition.register_fake(fake or reference)
+        op = getattr(torch.ops.autospec, name).default
+        kernel = KernelOp(name, reference, mutates, op, inspect.signature(reference))
+        REGISTRY[name] = kernel
+        return kernel
+
+    return register
+
+
+def load_all() -> dict[str, KernelOp]:
+    """Import every kernel file and return the registry."""
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem != "registry":
+            importlib.import_module(f"autospec.kernels.{path.stem}")
+    return REGISTRY
+
+
+def find(op: object) -> KernelOp | None:
+    """The canonical op behind a graph node's target, if it is one."""
+    if getattr(op, "namespace", None) != "autospec":
+        return None
+    return REGISTRY.get(getattr(op, "_opname", ""))

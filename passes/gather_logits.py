@@ -1,0 +1,50 @@
+"""Compute prefill's logits for the last valid row of each request only.
+
+    %l = aten.linear(%h, %w)   ->   %last = autospec.last_rows(%h, %q_lens)
+                                    %l = aten.linear(%last, %w) : f32[B, 1, V]
+
+Legal: the lm_head and what follows it (casts, scales, softcaps) treat every row alike.
+Gives up on: logits that do not come straight from a linear layer; the row is then taken from the finished logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from autospec.ir.build import Builder, fake_mode
+from autospec.ir.passes import Notes, Pass
+from autospec.ir.roles import the, with_role
+from autospec.kernels.commit import last_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherLogits(Pass):
+    """Keep one row of logits per request."""
+
+    name = "gather-logits"
+
+    def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        output = module.graph.output_node()
+        q_lens = the(module, "q_lens")
+        heads = with_role(module, "lm_head")
+        if not heads:
+            builder = Builder(module, output)
+            logits = output.args[0][0]  # type: ignore[index]
+            notes.refuse(logits, "no lm_head was found, so the logits of every row are computed")
+            output.args = ((builder.call(last_rows, logits, q_lens),),)
+            return 1
+        head = heads[0]
+        hidden = head.args[0]
+        assert isinstance(hidden, fx.Node)
+        head.update_arg(0, Builder(module, head, head.meta.get("module", "")).call(last_rows, hidden, q_lens))
+        behind = False
+        for node in module.graph.nodes:
+            behind = behind or node is head
+            if behind and node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                with fake_mode(module), torch.no_grad():
+                    node.meta["val"] = node.target(*args, **kwargs)
+        return 1

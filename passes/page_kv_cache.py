@@ -1,0 +1,77 @@
+"""Let attention read its keys and values from pages instead of from this call's tokens.
+
+    %o = autospec.attention(%q, %k, %v, ...)   ->   %qt, %kt, %vt = transpose(%q), transpose(%k), transpose(%v)
+                                                    autospec.append_kv(%kt, %vt, %k_pages, %v_pages, ...)
+                                                    %o = autospec.paged_attention(%qt, %k_pages, %v_pages, ...)
+
+Legal: attention is causal in positions, and a token's K and V depend on earlier tokens only through attention (the
+split-invariance probe of capture), so rows written by earlier calls are the rows that a longer call would compute.
+Calls that read the very same %k and %v share one pair of page buffers and append once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from autospec.ir.build import Builder
+from autospec.ir.match import argument, aten, calls
+from autospec.ir.passes import Notes, Pass
+from autospec.ir.slots import Slot
+from autospec.kernels.append_kv import append_kv
+from autospec.kernels.attention import attention
+from autospec.kernels.paged_attention import paged_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageKvCache(Pass):
+    """Attention over k and v becomes append_kv and paged_attention."""
+
+    name = "page-kv-cache"
+    page_size: int
+    num_pages: int
+    pages_per_row: int
+    is_length_given: bool = False  # kv_lens is an input of the graph (a spliced draft) instead of state
+
+    def requires(self, module: fx.GraphModule) -> Iterable[str]:
+        if "fake_mode" not in module.meta:
+            yield "shapes must be static"
+
+    def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        import torch
+
+        found = list(calls(module, attention))
+        shared: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]] = {}
+        for node in found:
+            q, k, v = node.args[:3]
+            assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+            batch = q.meta["val"].shape[0]
+            builder = Builder(module, node, node.meta.get("module", ""))
+            page_table = builder.state("page_table", (batch, self.pages_per_row), torch.int32)
+            kind = "input" if self.is_length_given else "state"
+            kv_lens = builder.slot(Slot(kind, "kv_lens", (batch,), torch.int32))
+            if (k, v) not in shared:
+                index = len(shared)
+                pages = []
+                for letter, source in (("k", k), ("v", v)):
+                    value = source.meta["val"]
+                    size = (self.num_pages, self.page_size, value.shape[1], value.shape[3])
+                    pages.append(builder.state(f"{letter}_pages.{index}", size, value.dtype))
+                rows = [builder.call(aten.transpose.int, source, 1, 2) for source in (k, v)]
+                builder.call(append_kv, *rows, *pages, page_table, kv_lens)
+                shared[k, v] = (pages[0], pages[1])
+            queries = builder.call(aten.transpose.int, q, 1, 2)
+            options = {name: argument(node, name) for name in ("sinks", "scale", "window", "chunk", "softcap")}
+            paged = builder.call(paged_attention, queries, *shared[k, v], page_table, kv_lens, **options)
+            paged.meta.update({key: node.meta[key] for key in ("role", "layer") if key in node.meta})
+            node.replace_all_uses_with(paged)
+            module.graph.erase_node(node)
+        if len(found) > len(shared):
+            notes.say(f"{len(found) - len(shared)} attention calls share the K/V of another")
+        return len(found)
+
+    def ensures(self, module: fx.GraphModule) -> Iterable[str]:
+        for node in calls(module, attention):
+            yield f"%{node.name} still attends without a cache"

@@ -1,0 +1,78 @@
+"""Write down once what nodes are for, so that no later pass reads names.
+
+    %logits = aten.linear(%h, %w)   ->   same graph; %logits and everything behind it is "logits", the linear "lm_head",
+                                         %h "final_hidden"; attention calls "attention"; every node of decoder layer i
+                                         carries layer = i, and the last one whose value leaves it "layer_output"
+
+Legal: nothing is rewritten. Layers are the children of the module that holds the attention calls, in call order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from autospec.ir.match import aten, calls, is_call
+from autospec.ir.passes import Notes, Pass
+from autospec.ir.roles import tag
+from autospec.kernels.attention import attention
+
+# What may stand between the lm_head and the output without mixing rows: softcaps, scales, casts.
+ROW_LOCAL = (
+    aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor, aten.sub.Tensor, aten.tanh,
+    aten._to_copy, aten.clone, aten.neg,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagRoles(Pass):
+    """Tag attention calls, layers, the lm_head and the logits."""
+
+    name = "tag-roles"
+
+    def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        attention_calls = list(calls(module, attention))
+        for node in attention_calls:
+            tag(node, "attention")
+        _tag_layers(module, attention_calls, notes)
+        logits = module.graph.output_node().args[0][0]  # type: ignore[index]
+        head = logits
+        while is_call(head, ROW_LOCAL):
+            head = head.args[0]
+        if is_call(head, aten.linear):
+            tag(head, "lm_head")
+            if isinstance(head.args[0], fx.Node) and "role" not in head.args[0].meta:
+                tag(head.args[0], "final_hidden")
+            notes.say(f"{len(attention_calls)} attention calls")
+        else:
+            notes.refuse(head, "the logits do not come straight from a linear layer, so they are computed for every row")
+        return 0
+
+    def ensures(self, module: fx.GraphModule) -> Iterable[str]:
+        for node in calls(module, attention):
+            if node.meta.get("role") != "attention":
+                yield f"%{node.name} is an attention call without its role"
+
+
+def _tag_layers(module: fx.GraphModule, attention_calls: list[fx.Node], notes: Notes) -> None:
+    paths = [node.meta.get("module", "").split(".") for node in attention_calls]
+    if len(paths) < 2 or len({tuple(path) for path in paths}) < 2:
+        return
+    depth = next((i for i in range(min(map(len, paths))) if len({path[i] for path in paths}) > 1), None)
+    if depth is None:
+        return
+    order = {name: index for index, name in enumerate(dict.fromkeys(path[depth] for path in paths))}
+    prefix = paths[0][:depth]
+    last: dict[int, fx.Node] = {}
+    for node in module.graph.nodes:
+        path = node.meta.get("module", "").split(".")
+        if path[:depth] == prefix and len(path) > depth and path[depth] in order:
+            node.meta["layer"] = order[path[depth]]
+            if any(user.meta.get("module", "").split(".")[: depth + 1] != path[: depth + 1] for user in node.users):
+                last[node.meta["layer"]] = node
+    for node in last.values():
+        if "role" not in node.meta:
+            tag(node, "layer_output")
+    notes.say(f"{len(order)} layers under {'.'.join(prefix) or 'the model'}")

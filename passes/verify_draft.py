@@ -1,0 +1,94 @@
+"""Let the target choose, accept what the draft guessed, and commit it to the state.
+
+    return [%logits]   ->   %target = autospec.choose_tokens(%logits, %draft_tokens, ...)    (choose_greedy when greedy)
+                            %n, %path, %bonus = autospec.accept_tree(%target, %draft_tokens, %tree_parents, L)
+                            %emitted = autospec.commit_step(%tokens, %kv_lens, ..., %n, %path, %bonus)
+                            return [%emitted]
+
+    (prefill)          ->   %target = autospec.choose_*(%logits); %emitted = autospec.commit_prompt(...)
+
+Legal: every emitted token is the target's own choice after the tokens before it; drafts only decide how many of
+these choices one step computes. A chain's accepted rows are already in place, so nothing moves in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from autospec.ir.build import Builder
+from autospec.ir.match import aten
+from autospec.ir.passes import Notes, Pass
+from autospec.ir.roles import tag, the
+from autospec.kernels.accept_tree import accept_tree
+from autospec.kernels.commit import commit_prompt, commit_step, tokens_at
+from autospec.state import Chooser, StateShape
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyDraft(Pass):
+    """Choose, accept and commit at the end of a step."""
+
+    name = "verify-draft"
+    sizes: StateShape
+    draft_len: int
+
+    def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        output = module.graph.output_node()
+        logits = output.args[0][0]  # type: ignore[index]
+        builder = Builder(module, output)
+        chooser = Chooser(builder, self.sizes)
+        draft_tokens, tree_parents = the(module, "draft_tokens"), the(module, "tree_parents")
+        tokens, kv_lens, finished, prompt_lens, limits, eos_ids = chooser.commit_state()
+        target = chooser.choose(logits, draft_tokens, tree_parents, kv_lens)
+        length, path, bonus = builder.calls(accept_tree, target, draft_tokens, tree_parents, self.draft_len)
+        counts = builder.state("accept_counts", (self.sizes.max_draft_len + 1,), torch.int64)
+        emitted = builder.call(
+            commit_step, tokens, kv_lens, finished, counts, prompt_lens, limits, eos_ids, draft_tokens, length, path, bonus
+        )
+        tag(emitted, "commit")
+        chooser.remember(emitted)
+        output.args = ((emitted,),)
+        return 1
+
+    def ensures(self, module: fx.GraphModule) -> Iterable[str]:
+        return _emits(module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitPrompt(Pass):
+    """Choose the first token where a prompt ends, and commit the chunk."""
+
+    name = "commit-prompt"
+    sizes: StateShape
+
+    def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        output = module.graph.output_node()
+        logits = output.args[0][0]  # type: ignore[index]
+        builder = Builder(module, output)
+        chooser = Chooser(builder, self.sizes)
+        q_lens = the(module, "q_lens")
+        tokens, kv_lens, finished, prompt_lens, limits, eos_ids = chooser.commit_state()
+        # The last prompt token plays the root: it stands at slot prompt_lens - 1 and chooses token prompt_lens.
+        root_slot = builder.call(aten.sub.Tensor, prompt_lens, 1)
+        root = builder.call(tokens_at, tokens, root_slot, 1)
+        no_parent = builder.call(aten.full.default, [self.sizes.batch_size, 1], -1, dtype=torch.int32, device=module.meta["device"])
+        target = chooser.choose(logits, root, no_parent, root_slot)
+        emitted = builder.call(
+            commit_prompt, tokens, kv_lens, finished, prompt_lens, limits, eos_ids, q_lens, target
+        )
+        tag(emitted, "commit")
+        chooser.remember(emitted)
+        output.args = ((emitted,),)
+        return 1
+
+    def ensures(self, module: fx.GraphModule) -> Iterable[str]:
+        return _emits(module)
+
+
+def _emits(module: fx.GraphModule) -> Iterable[str]:
+    emitted = module.graph.output_node().args[0][0]  # type: ignore[index]
+    if emitted.meta.get("role") != "commit":
+        yield "the graph does not return what it commits"

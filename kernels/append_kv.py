@@ -76,8 +76,8 @@ def append_kv_triton(
     wrap_triton(append_rows)[(q_len, batch)](
         k, v, k_pages, v_pages, page_table, kv_lens,
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
-        k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
-        page_table.stride(0), page_table.shape[1],
+        k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
+        v_pages.stride(0), v_pages.stride(1), v_pages.stride(2), page_table.stride(0), page_table.shape[1],
         H=heads, D=head_dim, DV=v_dim, PAGE=k_pages.shape[1],
         BLOCK_H=power_of_2(heads), BLOCK_D=power_of_2(head_dim), BLOCK_DV=power_of_2(v_dim),
     )

@@ -68,7 +68,8 @@ def choose_tokens(
     depth = related.sum(-1) - 1
     scores = penalize_repetition(logits.float(), repetition_penalty, seen, draft_tokens, related)
     is_greedy = (temperature == 0.0)[:, None, None]
-    warmed = filter_scores(scores / torch.where(temperature == 0.0, 1.0, temperature)[:, None, None], top_k, top_p, min_p)
+    divisor = torch.where(temperature == 0.0, 1.0, temperature)[:, None, None]
+    warmed = filter_scores(scores / divisor, top_k, top_p, min_p)
     index = kv_lens.long()[:, None] + depth + 1
     noisy = warmed + gumbel(row_keys, index, logits.shape[-1])
     return torch.where(is_greedy, scores, noisy).argmax(-1)
@@ -129,106 +130,132 @@ def ordered(b_score):
 
 
 @jit
+def find_kth(
+    p_logits, p_seen, p_draft, p_parents, vocab_size, i_n, depth, penalty, temperature, top_k, BLOCK_V: tl.constexpr
+):
+    """The k-th best score of a row, as `ordered`: two bits at a time, 16 passes over the row instead of a sort."""
+    kth = tl.full((), 0, tl.int64)
+    for i_bit in range(16):
+        unit = tl.full((), 1, tl.int64) << (30 - 2 * i_bit)
+        b_1 = tl.zeros((BLOCK_V,), tl.int32)
+        b_2 = tl.zeros((BLOCK_V,), tl.int32)
+        b_3 = tl.zeros((BLOCK_V,), tl.int32)
+        for i_v in range(0, vocab_size, BLOCK_V):
+            o_v = i_v + tl.arange(0, BLOCK_V)
+            b_score = warm_scores(
+                p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature
+            )
+            b_key = tl.where(o_v < vocab_size, ordered(b_score), -1)
+            b_1 += (b_key >= kth + unit).to(tl.int32)
+            b_2 += (b_key >= kth + 2 * unit).to(tl.int32)
+            b_3 += (b_key >= kth + 3 * unit).to(tl.int32)
+        enough_1, enough_2, enough_3 = tl.sum(b_1, 0) >= top_k, tl.sum(b_2, 0) >= top_k, tl.sum(b_3, 0) >= top_k
+        kth += (enough_1.to(tl.int64) + enough_2.to(tl.int64) + enough_3.to(tl.int64)) * unit
+    return kth
+
+
+@jit
+def find_nucleus(
+    p_logits, p_seen, p_draft, p_parents, vocab_size, i_n, depth, penalty, temperature, top_p, kth, best,
+    BLOCK_V: tl.constexpr,
+):
+    """The lowest score that top-p keeps of those from kth up, and how many of its ties (the lowest ids) it drops.
+
+    Built like find_kth: the highest number with no more than (1 - top_p) of the mass below it.
+    """
+    b_mass = tl.zeros((BLOCK_V,), tl.float32)
+    for i_v in range(0, vocab_size, BLOCK_V):
+        o_v = i_v + tl.arange(0, BLOCK_V)
+        b_score = warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
+        b_mass += tl.where(ordered(b_score) >= kth, tl.exp(b_score - best), 0.0)
+    bound = (1.0 - top_p) * tl.sum(b_mass, 0)
+    floor = tl.full((), 0, tl.int64)
+    below = tl.full((), 0.0, tl.float32)
+    for i_bit in range(16):
+        unit = tl.full((), 1, tl.int64) << (30 - 2 * i_bit)
+        b_1 = tl.zeros((BLOCK_V,), tl.float32)
+        b_2 = tl.zeros((BLOCK_V,), tl.float32)
+        b_3 = tl.zeros((BLOCK_V,), tl.float32)
+        for i_v in range(0, vocab_size, BLOCK_V):
+            o_v = i_v + tl.arange(0, BLOCK_V)
+            b_score = warm_scores(
+                p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature
+            )
+            b_key = ordered(b_score)
+            b_mass = tl.where(b_key >= kth, tl.exp(b_score - best), 0.0)
+            b_1 += tl.where(b_key < floor + unit, b_mass, 0.0)
+            b_2 += tl.where(b_key < floor + 2 * unit, b_mass, 0.0)
+            b_3 += tl.where(b_key < floor + 3 * unit, b_mass, 0.0)
+        mass_1, mass_2, mass_3 = tl.sum(b_1, 0), tl.sum(b_2, 0), tl.sum(b_3, 0)
+        digit = (mass_1 <= bound).to(tl.int64) + (mass_2 <= bound).to(tl.int64) + (mass_3 <= bound).to(tl.int64)
+        below = tl.where(digit == 3, mass_3, tl.where(digit == 2, mass_2, tl.where(digit == 1, mass_1, below)))
+        floor += digit * unit
+    top = ordered(best)
+    takes_all = floor > top
+    floor = tl.minimum(floor, top)
+    b_ties = tl.zeros((BLOCK_V,), tl.int32)
+    b_tie_mass = tl.zeros((BLOCK_V,), tl.float32)
+    for i_v in range(0, vocab_size, BLOCK_V):
+        o_v = i_v + tl.arange(0, BLOCK_V)
+        b_score = warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
+        m_tie = (ordered(b_score) == floor) & (o_v < vocab_size)
+        b_ties += m_tie.to(tl.int32)
+        b_tie_mass = tl.maximum(b_tie_mass, tl.where(m_tie, tl.exp(b_score - best), 0.0))
+    ties, mass = tl.sum(b_ties, 0), tl.max(b_tie_mass, 0)
+    dropped = tl.floor(tl.div_rn(bound - below, tl.where(mass > 0.0, mass, 1.0)))
+    dropped = tl.minimum(tl.maximum(dropped, 0.0), 16777216.0).to(tl.int32)
+    # One best score stays whatever top_p says.
+    return floor, tl.minimum(tl.where(takes_all, ties, dropped), ties - 1)
+
+
+@jit
 def find_cutoffs(
-    p_logits, p_draft, p_parents, p_temperature, p_top_k, p_top_p, p_penalty, p_seen, p_best, p_floor, p_first,
+    p_logits, p_draft, p_parents, p_temperature, p_top_k, p_top_p, p_min_p, p_penalty, p_seen,
+    p_best, p_floor, p_first,
     stride_lb, stride_lr, vocab_size, q_len, first_node, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
-    """What top-k and top-p leave of a row: the best score, the lowest score kept (as `ordered`) and, of its ties, the
-    lowest id kept. No sort: the k-th best and the edge of the mass are built two bits at a time, 16 passes over the row.
-    """
+    """What the filters leave of a row: its best score, the lowest score kept (as `ordered`) and the first of its ties."""
     i_r = tl.program_id(0)
     i_b, i_n = i_r // ROWS, first_node + i_r % ROWS
-    temperature = tl.load(p_temperature + i_b)
-    top_k, top_p, penalty = tl.load(p_top_k + i_b), tl.load(p_top_p + i_b), tl.load(p_penalty + i_b)
+    temperature, penalty = tl.load(p_temperature + i_b), tl.load(p_penalty + i_b)
+    top_k, top_p, min_p = tl.load(p_top_k + i_b), tl.load(p_top_p + i_b), tl.load(p_min_p + i_b)
     p_logits += i_b.to(tl.int64) * stride_lb + (i_r % ROWS) * stride_lr
     p_seen += i_b.to(tl.int64) * vocab_size
     p_draft += i_b * q_len
     p_parents += i_b * q_len
+    best = tl.full((), -float("inf"), tl.float32)
     floor = tl.full((), 0, tl.int64)
     first = tl.full((), 0, tl.int32)
-    best = tl.full((), -float("inf"), tl.float32)
-    if temperature > 0.0:
+    has_top_k = (top_k > 0) & (top_k < vocab_size)
+    if (temperature != 0.0) & (has_top_k | (top_p < 1.0) | (min_p > 0.0)):
         depth = node_depth(p_parents, i_n)
         b_best = tl.full((BLOCK_V,), -float("inf"), tl.float32)
         for i_v in range(0, vocab_size, BLOCK_V):
             o_v = i_v + tl.arange(0, BLOCK_V)
-            b_best = tl.maximum(b_best, warm_scores(
-                p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature))
+            b_score = warm_scores(
+                p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature
+            )
+            b_best = tl.maximum(b_best, b_score)
         best = tl.max(b_best, 0)
-        if (top_k > 0) & (top_k < vocab_size):
-            for i_bit in range(16):
-                unit = tl.full((), 1, tl.int64) << (30 - 2 * i_bit)
-                b_1 = tl.zeros((BLOCK_V,), tl.int32)
-                b_2 = tl.zeros((BLOCK_V,), tl.int32)
-                b_3 = tl.zeros((BLOCK_V,), tl.int32)
-                for i_v in range(0, vocab_size, BLOCK_V):
-                    o_v = i_v + tl.arange(0, BLOCK_V)
-                    b_score = warm_scores(
-                        p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
-                    b_key = tl.where(o_v < vocab_size, ordered(b_score), -1)
-                    b_1 += (b_key >= floor + unit).to(tl.int32)
-                    b_2 += (b_key >= floor + 2 * unit).to(tl.int32)
-                    b_3 += (b_key >= floor + 3 * unit).to(tl.int32)
-                digit = ((tl.sum(b_1, 0) >= top_k).to(tl.int64) + (tl.sum(b_2, 0) >= top_k).to(tl.int64)
-                         + (tl.sum(b_3, 0) >= top_k).to(tl.int64))
-                floor += digit * unit
+        if has_top_k:
+            floor = find_kth(
+                p_logits, p_seen, p_draft, p_parents, vocab_size, i_n, depth, penalty, temperature, top_k, BLOCK_V
+            )
         if top_p < 1.0:
-            kth = floor
-            b_total = tl.zeros((BLOCK_V,), tl.float32)
-            for i_v in range(0, vocab_size, BLOCK_V):
+            floor, dropped = find_nucleus(
+                p_logits, p_seen, p_draft, p_parents, vocab_size, i_n, depth, penalty, temperature, top_p, floor, best,
+                BLOCK_V,
+            )
+            passed = tl.full((), 0, tl.int32)
+            for i_v in range(0, tl.where(dropped > 0, vocab_size, 0), BLOCK_V):
                 o_v = i_v + tl.arange(0, BLOCK_V)
                 b_score = warm_scores(
-                    p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
-                b_total += tl.where(ordered(b_score) >= kth, tl.exp(b_score - best), 0.0)
-            bound = (1.0 - top_p) * tl.sum(b_total, 0)
-            floor = tl.full((), 0, tl.int64)
-            below = tl.full((), 0.0, tl.float32)
-            for i_bit in range(16):
-                unit = tl.full((), 1, tl.int64) << (30 - 2 * i_bit)
-                b_1m = tl.zeros((BLOCK_V,), tl.float32)
-                b_2m = tl.zeros((BLOCK_V,), tl.float32)
-                b_3m = tl.zeros((BLOCK_V,), tl.float32)
-                for i_v in range(0, vocab_size, BLOCK_V):
-                    o_v = i_v + tl.arange(0, BLOCK_V)
-                    b_score = warm_scores(
-                        p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
-                    b_key = ordered(b_score)
-                    b_mass = tl.where(b_key >= kth, tl.exp(b_score - best), 0.0)
-                    b_1m += tl.where(b_key < floor + unit, b_mass, 0.0)
-                    b_2m += tl.where(b_key < floor + 2 * unit, b_mass, 0.0)
-                    b_3m += tl.where(b_key < floor + 3 * unit, b_mass, 0.0)
-                mass_1, mass_2, mass_3 = tl.sum(b_1m, 0), tl.sum(b_2m, 0), tl.sum(b_3m, 0)
-                digit = ((mass_1 <= bound).to(tl.int64) + (mass_2 <= bound).to(tl.int64) + (mass_3 <= bound).to(tl.int64))
-                below = tl.where(digit == 3, mass_3, tl.where(digit == 2, mass_2, tl.where(digit == 1, mass_1, below)))
-                floor += digit * unit
-            # Of the ties at the edge those with the lowest ids go first; one best score stays whatever top_p says.
-            top = ordered(best)
-            m_all = floor > top
-            floor = tl.where(m_all, top, floor)
-            b_ties = tl.zeros((BLOCK_V,), tl.int32)
-            b_mass = tl.zeros((BLOCK_V,), tl.float32)
-            for i_v in range(0, vocab_size, BLOCK_V):
-                o_v = i_v + tl.arange(0, BLOCK_V)
-                b_score = warm_scores(
-                    p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
-                m_tie = (ordered(b_score) == floor) & (o_v < vocab_size)
-                b_ties += m_tie.to(tl.int32)
-                b_mass = tl.maximum(b_mass, tl.where(m_tie, tl.exp(b_score - best), 0.0))
-            ties, mass = tl.sum(b_ties, 0), tl.max(b_mass, 0)
-            gone = tl.floor(tl.div_rn(bound - below, tl.where(mass > 0.0, mass, 1.0)))
-            gone = tl.minimum(tl.maximum(gone, 0.0), 16777216.0).to(tl.int32)
-            gone = tl.minimum(tl.where(m_all, ties, gone), ties - 1)
-            if gone > 0:
-                passed = tl.full((), 0, tl.int32)
-                first = tl.full((), 2147483647, tl.int32)
-                for i_v in range(0, vocab_size, BLOCK_V):
-                    o_v = i_v + tl.arange(0, BLOCK_V)
-                    b_score = warm_scores(
-                        p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
-                    b_tie = ((ordered(b_score) == floor) & (o_v < vocab_size)).to(tl.int32)
-                    m_kept = (b_tie > 0) & (passed + tl.cumsum(b_tie, 0) > gone)
-                    first = tl.minimum(first, tl.min(tl.where(m_kept, o_v, 2147483647), 0))
-                    passed += tl.sum(b_tie, 0)
+                    p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature
+                )
+                b_tie = ((ordered(b_score) == floor) & (o_v < vocab_size)).to(tl.int32)
+                m_dropped = (b_tie > 0) & (passed + tl.cumsum(b_tie, 0) <= dropped)
+                first = tl.maximum(first, tl.max(tl.where(m_dropped, o_v + 1, 0), 0))
+                passed += tl.sum(b_tie, 0)
     tl.store(p_best + i_r, best)
     tl.store(p_floor + i_r, floor)
     tl.store(p_first + i_r, first)
@@ -266,7 +293,9 @@ def pick_in_blocks(
 
 
 @jit
-def best_in_blocks(p_logits, p_value, p_id, stride_lb, stride_lr, vocab_size, ROWS: tl.constexpr, BLOCK_V: tl.constexpr):
+def best_in_blocks(
+    p_logits, p_value, p_id, stride_lb, stride_lr, vocab_size, ROWS: tl.constexpr, BLOCK_V: tl.constexpr
+):
     """The best of each block of ids, without processors."""
     i_v, i_r = tl.program_id(0), tl.program_id(1)
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -310,7 +339,7 @@ def choose_tokens_triton(
     logits: Tensor, draft_tokens: Tensor, tree_parents: Tensor, kv_lens: Tensor, row_keys: Tensor, temperature: Tensor,
     top_k: Tensor, top_p: Tensor, min_p: Tensor, repetition_penalty: Tensor, seen: Tensor, first_node: int = 0,
 ) -> Tensor:
-    """Three launches: cut-offs (immediate where no filter is on), best per block with the noise fused in, best of all."""
+    """Three launches: cut-offs (at once where no filter is on), best per block with the noise fused in, best of all."""
     logits = rows_of(logits)
     batch, rows, vocab_size = logits.shape
     q_len = draft_tokens.shape[1]
@@ -320,7 +349,8 @@ def choose_tokens_triton(
     first = logits.new_empty(batch * rows, dtype=torch.int32)
     value, token = block_partials(logits)
     wrap_triton(find_cutoffs)[(batch * rows,)](
-        logits, draft_tokens, tree_parents, temperature, top_k, top_p, repetition_penalty, seen, best, floor, first,
+        logits, draft_tokens, tree_parents, temperature, top_k, top_p, min_p, repetition_penalty, seen,
+        best, floor, first,
         logits.stride(0), logits.stride(1), vocab_size, q_len, first_node, ROWS=rows, BLOCK_V=BLOCK_V, num_warps=8,
     )
     wrap_triton(pick_in_blocks)[(value.shape[1], batch * rows)](

@@ -38,7 +38,7 @@ def compact_kv(
         buffer.index_put_((to_page, to_offset), rows)
 
 
-BUFFERS_PER_LAUNCH = 8  # pointers named in the kernel's signature; a table of addresses would hide the writes from Inductor
+BUFFERS_PER_LAUNCH = 8  # pointers in the kernel's signature; a table of addresses would hide the writes from Inductor
 
 
 def why_not_triton(args: Mapping[str, Any]) -> str | None:
@@ -57,27 +57,20 @@ def move_rows(
 ):
     i_c, i_b, i_p = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     p_pages = p_0
-    if p_1 is not None:
-        if i_p == 1:
-            p_pages = p_1
-    if p_2 is not None:
-        if i_p == 2:
-            p_pages = p_2
-    if p_3 is not None:
-        if i_p == 3:
-            p_pages = p_3
-    if p_4 is not None:
-        if i_p == 4:
-            p_pages = p_4
-    if p_5 is not None:
-        if i_p == 5:
-            p_pages = p_5
-    if p_6 is not None:
-        if i_p == 6:
-            p_pages = p_6
-    if p_7 is not None:
-        if i_p == 7:
-            p_pages = p_7
+    if p_1 is not None and i_p == 1:
+        p_pages = p_1
+    if p_2 is not None and i_p == 2:
+        p_pages = p_2
+    if p_3 is not None and i_p == 3:
+        p_pages = p_3
+    if p_4 is not None and i_p == 4:
+        p_pages = p_4
+    if p_5 is not None and i_p == 5:
+        p_pages = p_5
+    if p_6 is not None and i_p == 6:
+        p_pages = p_6
+    if p_7 is not None and i_p == 7:
+        p_pages = p_7
     o_s, o_c = tl.arange(0, BLOCK_S), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     kv_len, length = tl.load(p_lens + i_b), tl.load(p_length + i_b)
     b_path = tl.load(p_path + i_b * STEPS + o_s, mask=o_s < STEPS, other=-1)
@@ -98,9 +91,9 @@ def launches(pages: list[Tensor]) -> list[list[Tensor]]:
     """Consecutive buffers of one shape and dtype, at most BUFFERS_PER_LAUNCH together."""
     groups: list[list[Tensor]] = []
     for buffer in pages:
-        last = groups[-1] if groups else []
-        if 0 < len(last) < BUFFERS_PER_LAUNCH and last[0].shape[1:] == buffer.shape[1:] and last[0].dtype == buffer.dtype:
-            last.append(buffer)
+        alike = bool(groups) and groups[-1][0].shape[1:] == buffer.shape[1:] and groups[-1][0].dtype == buffer.dtype
+        if alike and len(groups[-1]) < BUFFERS_PER_LAUNCH:
+            groups[-1].append(buffer)
         else:
             groups.append([buffer])
     return groups

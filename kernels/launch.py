@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl

@@ -49,12 +49,13 @@ def ngram_propose(
     return draft_tokens, torch.cat([root, parents], 1).to(torch.int32)
 
 
-# B requests (i_b), T known tokens (o_t, a block of places where an occurrence may end), L draft tokens (o_l). One program
+# B requests (i_b), T known tokens (o_t, a block of places where an occurrence may end), L draft tokens (o_l). A program
 # scans one request; as in the reference, one number orders the occurrences: length of the match * width + place.
 @jit
 def find_suffix(
     p_tokens, p_lens, p_limits, p_draft, p_parents, width, stride_tb,
-    MAX_DRAFT_LEN: tl.constexpr, NGRAM: tl.constexpr, IS_OLDEST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
+    MAX_DRAFT_LEN: tl.constexpr, NGRAM: tl.constexpr, IS_OLDEST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
 ):
     i_b = tl.program_id(0).to(tl.int64)
     p_tokens += i_b * stride_tb
@@ -66,8 +67,8 @@ def find_suffix(
         b_length = tl.zeros((BLOCK_T,), tl.int64)
         for i in tl.static_range(NGRAM):
             wanted = tl.load(p_tokens + tl.maximum(last - i, 0))
-            m_run = m_run & (o_t >= i) & (last >= i)
-            m_run = m_run & (tl.load(p_tokens + o_t - i, mask=m_run, other=-1) == wanted)
+            m_run &= o_t >= i  # so last > i as well
+            m_run &= (tl.load(p_tokens + o_t - i, mask=m_run, other=-1) == wanted)
             b_length += m_run.to(tl.int64)
         b_place = width - 1 - o_t if IS_OLDEST else o_t
         b_best = tl.maximum(b_best, tl.where(b_length > 0, b_length * width + b_place, 0))

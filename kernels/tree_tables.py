@@ -14,7 +14,7 @@ from autospec.kernels.registry import kernel_op
 
 
 def ancestors(tree_parents: Tensor) -> Tensor:
-    """tree_parents [B, N] -> bool [B, N, N]: node j is an ancestor of node i or i itself; absent nodes see themselves."""
+    """tree_parents [B, N] -> bool [B, N, N]: node j is an ancestor of node i or i itself (absent: itself)."""
     batch, q_len = tree_parents.shape
     node = torch.arange(q_len, device=tree_parents.device)
     parents = tree_parents.long()

@@ -60,14 +60,17 @@ def commit_prompt(
 @kernel_op(mutates=("tokens", "kv_lens", "finished", "accept_counts"))
 def commit_step(
     tokens: Tensor, kv_lens: Tensor, finished: Tensor, accept_counts: Tensor, prompt_lens: Tensor, limits: Tensor,
-    eos_ids: Tensor, draft_tokens: Tensor, accept_length: Tensor, accept_path: Tensor, bonus_token: Tensor,
+    eos_ids: Tensor, draft_tokens: Tensor, tree_parents: Tensor, accept_length: Tensor, accept_path: Tensor,
+    bonus_token: Tensor,
 ) -> Tensor:
     """Emit accepted path and bonus token of every live request, cut at the first eos and at its limit.
 
     tokens [B, T] int64; kv_lens [B] int32; finished [B] bool; accept_counts [>= L+1] int64: live rows seen, then rows
     that accepted at least d tokens (counted before the cut); prompt_lens, limits [B] int32: length at which a request
-    ends; eos_ids [E] int64; draft_tokens [B, N] int64; accept_length [B], accept_path [B, L+1] int32; bonus_token [B].
-    -> emitted [B, L+1] int64, -1 padded. Mutates tokens, kv_lens, finished, accept_counts.
+    ends; eos_ids [E] int64; draft_tokens int64, tree_parents int32 [B, >= N], the widest step's; accept_length [B],
+    accept_path [B, L+1] int32; bonus_token [B]. -> emitted [B, L+1] int64, -1 padded.
+    Where the draft is a chain longer than this step verified, its next token is compared with the bonus token and
+    counted at depth L + 1. Mutates tokens, kv_lens, finished, accept_counts.
     """
     batch, steps = accept_path.shape
     index = torch.arange(steps, device=tokens.device)[None, :]
@@ -83,8 +86,12 @@ def commit_step(
     valid = index < count[:, None]
     slot = kv_lens.long()[:, None] + 1 + index
     tokens.copy_(tokens.scatter(1, slot, torch.where(valid, run, tokens.gather(1, slot))))
-    reached = torch.cat([live[:, None], (accept_length[:, None] >= index[:, 1:]) & live[:, None]], 1).sum(0)
-    accept_counts.copy_(accept_counts + torch.nn.functional.pad(reached, (0, accept_counts.shape[0] - steps)))
+    reached = torch.cat([live[:, None], (accept_length[:, None] >= index[:, 1:]) & live[:, None]], 1)
+    if steps < draft_tokens.shape[1]:
+        is_next = (tree_parents[:, steps] == steps - 1) & (draft_tokens[:, steps] == bonus_token)
+        reached = torch.cat([reached, (is_next & live & (accept_length == steps - 1))[:, None]], 1)
+    totals = torch.nn.functional.pad(reached.sum(0), (0, accept_counts.shape[0] - reached.shape[1]))
+    accept_counts.copy_(accept_counts + totals)
     ended = (first_eos < count) | (kv_lens.long() + 1 + count >= limits.long())
     finished.copy_(finished | (live & ended))
     kv_lens.copy_(kv_lens + count.to(kv_lens.dtype))

@@ -40,14 +40,19 @@ class VerifyDraft(Pass):
         logits = output.args[0][0]  # type: ignore[index]
         builder = Builder(module, output)
         chooser = Chooser(builder, self.sizes)
-        draft_tokens, tree_parents = the(module, "draft_tokens"), the(module, "tree_parents")
+        wide = (self.sizes.batch_size, self.sizes.max_draft_len + 1)
+        all_tokens = builder.state("draft_tokens", wide, torch.int64)
+        all_parents = builder.state("tree_parents", wide, torch.int32, fill=-1)
+        draft_tokens = the(module, "draft_tokens")
+        tree_parents = builder.call(aten.slice.Tensor, all_parents, 1, 0, self.draft_len + 1)
         tokens, kv_lens, finished, prompt_lens, limits, eos_ids = chooser.commit_state()
         target = chooser.choose(logits, draft_tokens, tree_parents, kv_lens)
         length, path, bonus = builder.calls(accept_tree, target, draft_tokens, tree_parents, self.draft_len)
         counts = builder.state("accept_counts", (self.sizes.max_draft_len + 1,), torch.int64)
         emitted = builder.call(
-            commit_step, tokens, kv_lens, finished, counts, prompt_lens, limits, eos_ids, draft_tokens, length, path, bonus
-        )
+            commit_step, tokens, kv_lens, finished, counts, prompt_lens, limits, eos_ids, all_tokens, all_parents, length,
+            path, bonus,
+        )  # fmt: skip
         tag(emitted, "commit")
         chooser.remember(emitted)
         output.args = ((emitted,),)

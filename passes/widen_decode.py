@@ -56,13 +56,10 @@ class WidenDecode(Pass):
         builder = Builder(module, _first_compute_node(module))
         wide = (self.batch_size, self.max_nodes)
         tokens = builder.state("draft_tokens", wide, torch.int64)
-        parents = builder.state("tree_parents", wide, torch.int32, fill=-1)
         kv_lens = builder.state("kv_lens", (self.batch_size,), torch.int32)
         if self.next_n < self.max_nodes:
             tokens = builder.call(aten.slice.Tensor, tokens, 1, 0, self.next_n)
-            parents = builder.call(aten.slice.Tensor, parents, 1, 0, self.next_n)
         tag(tokens, "draft_tokens")
-        tag(parents, "tree_parents")
         positions = builder.call(node_positions, kv_lens, self.next_n, self.max_position)
         return _bind(module, "input_ids", tokens) + _bind(module, "position_ids", positions)
 

@@ -1,0 +1,317 @@
+"""autospec.optimize: a Hugging Face causal LM in, a model with the same tokens and more of them per step out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autospec.assemble import build_program, capture_model, next_power_of_two, state_bytes
+from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculation, parse_speculation
+from autospec.errors import CapacityError, OptionError
+from autospec.kernels.noise import row_key
+from autospec.loading import check_causal_lm, check_draft, draft_layers, load_model
+from autospec.lower import use_available_cores
+from autospec.program import CapturedModel, Program, Shape
+from autospec.report import explain_text
+from autospec.runtime.metrics import Metrics
+from autospec.runtime.options import GenerateOptions, parse
+from autospec.runtime.request import Request
+from autospec.runtime.session import Session
+from autospec.runtime.stopping import StopStrings
+
+_SMALLEST_BUCKET = 128  # tokens; a program for fewer would be rebuilt for the next prompt
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user fixed; None grows as needed."""
+
+    max_batch_size: int | None
+    max_length: int | None
+    page_size: int | None
+
+
+@dataclass
+class OptimizedModel:
+    """A captured model and the programs built for it so far; see `autospec.optimize`."""
+
+    target: CapturedModel
+    draft: CapturedModel | None
+    speculation: Speculation
+    compile: str
+    limits: Limits
+    generation_defaults: Mapping[str, Any]
+    show_progress: bool = False
+    metrics: Metrics = field(default_factory=Metrics)
+    _sessions: dict[Shape, Session] = field(default_factory=dict, repr=False)
+    _weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def program(self) -> Program:
+        """The most recently built program; before the first call of generate, the smallest one is built."""
+        if not self._sessions:
+            self._session(1, _SMALLEST_BUCKET, sampling=False)
+        return next(reversed(self._sessions.values())).program
+
+    @property
+    def session(self) -> Session:
+        """The session that ran last; its state is that of the last call."""
+        _ = self.program
+        return next(reversed(self._sessions.values()))
+
+    def explain(self) -> str:
+        """What each pass did and why it left things alone, and the kernel chosen for each op."""
+        return explain_text(self.target, self.draft, self.program)
+
+    def generate(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        generation_config: Any = None,
+        streamer: Any = None,
+        **options: Any,
+    ) -> Tensor:
+        """Generate as transformers' generate does: [rows, width of the prompt + longest output] int64.
+
+        Args:
+            input_ids: prompts [B, S], padded on either side if attention_mask says so; a list of unpadded prompts is
+                padded on the left.
+            attention_mask: [B, S], 0 where input_ids is padding.
+            generation_config: transformers' GenerationConfig (or a dictionary of its fields).
+            streamer: one of transformers' streamers, for a single row.
+            options: fields of the generation config, plus `seed` (int) and `tokenizer` (for stop_strings).
+
+        Raises:
+            OptionError: an option is unknown or unsupported; CapacityError: a prompt is empty or nothing fits.
+        """
+        input_ids = options.pop("inputs", input_ids)
+        if input_ids is None:
+            raise OptionError("generate needs input_ids", at="input_ids=None", where="generate", help="pass a prompt")
+        as_dict = generation_config.to_dict() if hasattr(generation_config, "to_dict") else generation_config
+        asked = parse(options, as_dict, self.generation_defaults)
+        ids, prompts = _prompts(input_ids, attention_mask, asked.pad_id)
+        requests = self._requests(ids, prompts, asked)
+        if streamer is not None and len(requests) > 1:
+            raise OptionError("a streamer takes one row", at=f"{len(requests)} rows", where="generate",
+                              help="generate the rows one at a time, or without a streamer")  # fmt: skip
+        self.metrics = Metrics()
+        if streamer is not None:
+            streamer.put(ids.cpu())
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        sampling = any(request.sampling.needs_scores for request in requests)
+        rows = self._rows_at_once(len(requests), longest, sampling)
+        for first in range(0, len(requests), rows):
+            wave = requests[first : first + rows]
+            session = self._session(len(wave), longest, sampling)
+            session.run(wave, asked.eos_ids, self.metrics, _stream_to(streamer))
+        if streamer is not None:
+            streamer.end()
+        return _assemble(ids, requests, asked)
+
+    __call__ = generate
+
+    def _requests(self, ids: Tensor, prompts: list[list[int]], asked: GenerateOptions) -> list[Request]:
+        facts = self.target.facts
+        count = asked.new_tokens(ids.shape[1], facts.max_positions)
+        stop = StopStrings(asked.tokenizer, asked.stop_strings) if asked.stop_strings is not None else None
+        requests = []
+        for number, prompt in enumerate(prompts):
+            _check_prompt(number, prompt, count, facts)
+            for copy in range(asked.num_return_sequences):
+                # Processors see the padded row, as they do in transformers.
+                seen = frozenset(ids[number].tolist())
+                requests.append(
+                    Request(prompt, count, asked.sampling, row_key(asked.seed, number, copy), seen, stop)
+                )
+        return requests
+
+    def _rows_at_once(self, rows: int, longest: int, sampling: bool) -> int:
+        """How many rows one program takes: all of them, unless the user or the memory says fewer."""
+        most = rows if self.limits.max_batch_size is None else min(rows, self.limits.max_batch_size)
+        free = _free_bytes(self.target.facts.device)
+        while most > 1 and state_bytes(self.target, self.draft, self._shape(most, longest, sampling)) > free // 2:
+            most = (most + 1) // 2
+        needed = state_bytes(self.target, self.draft, self._shape(most, longest, sampling))
+        if needed > free:
+            raise CapacityError(
+                f"a cache for {longest} tokens needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free",
+                help="shorten the prompt or max_new_tokens",
+            )
+        return most
+
+    def _shape(self, rows: int, longest: int, sampling: bool) -> Shape:
+        limits, facts = self.limits, self.target.facts
+        on_cpu = facts.device.type == "cpu"
+        length = limits.max_length
+        if length is None:
+            length = min(max(_SMALLEST_BUCKET, next_power_of_two(longest)), facts.max_positions)
+            length = max(length, longest)
+        elif longest > length:
+            raise CapacityError(
+                f"a request needs {longest} tokens, the cache was limited to {length} per row",
+                at=f"max_length={length}", where="autospec.optimize",
+                help="lower max_new_tokens, or optimize with a larger max_length",
+            )  # fmt: skip
+        batch = next_power_of_two(rows)
+        if limits.max_batch_size is not None:
+            batch = min(batch, limits.max_batch_size)
+        # On a CPU a page is a block of one contiguous copy, so large pages are cheap; a GPU kernel wants small tiles.
+        page_size = limits.page_size or (64 if on_cpu else 16)
+        prefill_len = min(64 if on_cpu else 512, length)
+        return Shape(batch, length, page_size, prefill_len, _max_draft_len(self.speculation), sampling)
+
+    def _session(self, rows: int, longest: int, sampling: bool) -> Session:
+        shape = self._shape(rows, longest, sampling)
+        session = self._sessions.pop(shape, None)
+        if session is None:
+            program = build_program(
+                self.target, self.draft, self.speculation, shape, self.compile, self._weights, self.show_progress
+            )
+            session = Session(program)
+        self._sessions[shape] = session  # the last one used stands last
+        return session
+
+
+def optimize(
+    model: Any,
+    speculation: Any = "auto",
+    *,
+    compile: str = "inductor",
+    max_batch_size: int | None = None,
+    max_length: int | None = None,
+    page_size: int | None = None,
+    passes: Any = None,
+) -> OptimizedModel:
+    """Compile a Hugging Face causal LM into a program that emits the same tokens, several per step.
+
+    Args:
+        model: a loaded causal LM, or a path or hub id.
+        speculation: "auto" (n-gram drafts whose length follows the measured acceptance), "ngram", None (plain
+            decoding), or a configuration such as NGramConfig or DraftTargetConfig.
+        compile: "inductor", or "eager" for the same graphs uncompiled.
+        max_batch_size: rows at once; more prompts run in waves. None: as many as are asked for and fit.
+        max_length: tokens per row, prompt and output together. None: grows in powers of two.
+        page_size: cache rows per page.
+        passes: names of optional passes to leave out, written "-name"; None runs all.
+
+    Raises:
+        CaptureError: the model cannot be captured or decoded step by step, with the reason.
+        OptionError, CheckpointError: an argument or a checkpoint is wrong.
+    """
+    chosen = parse_speculation(speculation)
+    if compile not in ("inductor", "eager"):
+        raise OptionError(f"compile must be 'inductor' or 'eager', got {compile!r}", at=f"compile={compile!r}",
+                          where="autospec.optimize")  # fmt: skip
+    for name, value in (("max_batch_size", max_batch_size), ("max_length", max_length), ("page_size", page_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise OptionError(f"{name} must be a positive integer, got {value!r}", at=f"{name}={value!r}",
+                              where="autospec.optimize", help="leave it out to let it grow as needed")  # fmt: skip
+    use_available_cores()
+    module = load_model(model, "model")
+    check_causal_lm(module)
+    target = capture_model(module)
+    if max_length is not None and max_length > target.facts.max_positions:
+        raise CapacityError(
+            f"max_length is {max_length}, but the model has {target.facts.max_positions} positions",
+            at=f"max_length={max_length}", where=target.facts.name, help="choose a smaller max_length",
+        )  # fmt: skip
+    draft = None
+    if isinstance(chosen, DraftTargetConfig):
+        draft_module = load_model(chosen.speculative_model, "speculative_model", like=module)
+        check_draft(module, draft_module)
+        with draft_layers(draft_module, chosen.num_draft_layers):
+            draft = capture_model(draft_module, "draft")
+    defaults = module.generation_config.to_dict() if getattr(module, "generation_config", None) is not None else {}
+    return OptimizedModel(
+        target, draft, chosen, compile, Limits(max_batch_size, max_length, page_size), defaults
+    )
+
+
+def _max_draft_len(speculation: Speculation) -> int:
+    if speculation is None:
+        return 0
+    if isinstance(speculation, AutoConfig):
+        return max(speculation.draft_lens)
+    assert isinstance(speculation, (NGramConfig, DraftTargetConfig))
+    return speculation.max_draft_len
+
+
+def _prompts(input_ids: Any, attention_mask: Any, pad_id: int) -> tuple[Tensor, list[list[int]]]:
+    """The padded ids [B, S] as given, and each row's real tokens."""
+    if isinstance(input_ids, Mapping) or hasattr(input_ids, "input_ids"):
+        attention_mask = input_ids.get("attention_mask", attention_mask)
+        input_ids = input_ids["input_ids"]
+    if isinstance(input_ids, (list, tuple)) and input_ids and isinstance(input_ids[0], (list, tuple, Tensor)):
+        rows = [[int(token) for token in row] for row in input_ids]
+        width = max(len(row) for row in rows)
+        padded = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], dtype=torch.int64)
+        return padded.reshape(len(rows), width), rows
+    ids = torch.as_tensor(input_ids)
+    if ids.dim() == 1:
+        ids = ids[None]
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise OptionError(f"input_ids must be integers [batch, length], got {ids.dtype} of shape {tuple(ids.shape)}",
+                          at="input_ids", where="generate")  # fmt: skip
+    if attention_mask is None:
+        return ids, ids.tolist()
+    mask = torch.as_tensor(attention_mask).bool()
+    if mask.shape != ids.shape:
+        raise OptionError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}",
+                          at="attention_mask", where="generate")  # fmt: skip
+    edges = mask.int().diff(dim=1).abs().sum(1) if mask.shape[1] > 1 else torch.zeros(len(mask))
+    inner = (edges > 1) & mask[:, 0] & mask[:, -1] if mask.shape[1] else edges > 1
+    if bool((inner | (edges > 2)).any()):
+        raise OptionError("attention_mask has holes inside a prompt", at="attention_mask", where="generate",
+                          help="pad on the left or on the right only")  # fmt: skip
+    return ids, [row[keep].tolist() for row, keep in zip(ids, mask.to(ids.device), strict=True)]
+
+
+def _check_prompt(number: int, prompt: list[int], count: int, facts: Any) -> None:
+    if not prompt:
+        raise CapacityError(f"the prompt of row {number} is empty", at="input_ids", where="generate",
+                            help="give at least one token, for example the bos token")  # fmt: skip
+    if len(prompt) + count > facts.max_positions:
+        raise CapacityError(
+            f"row {number} asks for {len(prompt)} prompt tokens and {count} new ones, "
+            f"but the model has {facts.max_positions} positions",
+            at=f"prompt of {len(prompt)} tokens, max_new_tokens={count}", where=facts.name,
+            help="shorten the prompt or lower max_new_tokens",
+        )  # fmt: skip
+    wrong = [token for token in prompt if not 0 <= token < facts.vocab_size]
+    if wrong:
+        raise OptionError(f"token id {wrong[0]} is outside the vocabulary of {facts.vocab_size}",
+                          at=f"row {number}", where="generate", help="was another tokenizer used?")  # fmt: skip
+
+
+def _stream_to(streamer: Any) -> Any:
+    if streamer is None:
+        return None
+
+    def emit(row: int, tokens: list[int]) -> None:
+        for token in tokens:
+            streamer.put(torch.tensor([token]))
+
+    return emit
+
+
+def _assemble(ids: Tensor, requests: list[Request], asked: GenerateOptions) -> Tensor:
+    """Prompts as they were given, outputs behind them, padded on the right."""
+    width = max(len(request.output) for request in requests)
+    rows = [request.output + [asked.pad_id] * (width - len(request.output)) for request in requests]
+    prompts = ids.repeat_interleave(asked.num_return_sequences, dim=0)
+    return torch.cat([prompts, torch.tensor(rows, dtype=ids.dtype, device=ids.device)], dim=1)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that a cache may take on this device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+__all__ = ["OptimizedModel", "optimize"]

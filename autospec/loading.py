@@ -1,0 +1,116 @@
+"""Loading what a user names, and the checks that come before capture."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autospec.capture import text_config
+from autospec.errors import CaptureError, CheckpointError, OptionError
+
+
+def load_model(model: Any, option: str, like: Any = None) -> Any:
+    """A loaded causal LM in eval mode: the module itself, or one loaded from a path or hub id.
+
+    Args:
+        option: the argument's name, for messages.
+        like: a module whose dtype and device a loaded draft takes.
+    """
+    if isinstance(model, torch.nn.Module):
+        if model.training:
+            raise CaptureError("the model is in training mode", where=type(model).__name__, help="call model.eval()")
+        return model
+    if not isinstance(model, (str, Path)):
+        raise OptionError(f"{option} must be a loaded module or a path, got {type(model).__name__}",
+                          at=f"{option}={model!r:.60}", where="autospec.optimize")  # fmt: skip
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": "auto"}
+    if like is not None:
+        weight = next(like.parameters())
+        options = {"dtype": weight.dtype, "device_map": {"": weight.device}} if weight.is_cuda else {"dtype": weight.dtype}
+    path = Path(model)
+    if path.exists() and not (path / "config.json").is_file():
+        raise CheckpointError("the folder has no config.json", at=str(path), where=option,
+                              help="name a folder written by save_pretrained")  # fmt: skip
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(str(model), output_loading_info=True, **options)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"the checkpoint cannot be loaded: {type(error).__name__}: {reason[:200]}", at=str(model), where=option,
+            help="a truncated or corrupt file must be downloaded again; an encoder-decoder model is not supported",
+        ) from error  # fmt: skip
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if missing or mismatched:
+        names = ", ".join([*missing, *mismatched][:4])
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} tensors and has {len(mismatched)} of the wrong shape: {names}",
+            at=str(model), where=option, help="random weights would have taken their place; check the files",
+        )  # fmt: skip
+    return loaded.eval()
+
+
+def check_causal_lm(model: Any) -> None:
+    """Refuse what is no decoder-only language model, before anything is traced."""
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "generate"):
+        raise CaptureError("this is not a Hugging Face causal LM", where=name,
+                           help="load one with AutoModelForCausalLM.from_pretrained")  # fmt: skip
+    if getattr(config, "is_encoder_decoder", False):
+        raise CaptureError("an encoder-decoder model has no single decoder graph", at="is_encoder_decoder=True", where=name,
+                           help="only decoder-only causal LMs are supported")  # fmt: skip
+    if not hasattr(text_config(model), "vocab_size"):
+        raise CaptureError("the configuration names no vocab_size", where=name)
+
+
+def check_draft(target: Any, draft: Any) -> None:
+    """The draft must be a causal LM over the target's vocabulary, on its device."""
+    check_causal_lm(draft)
+    ours, theirs = int(text_config(target).vocab_size), int(text_config(draft).vocab_size)
+    if ours != theirs:
+        raise OptionError(
+            f"the draft model has a vocabulary of {theirs}, the target of {ours}", at=f"speculative_model={type(draft).__name__}",
+            where="DraftTargetConfig", help="use a draft with the target's tokenizer",
+        )  # fmt: skip
+    here, there = next(target.parameters()), next(draft.parameters())
+    if here.device != there.device:
+        raise OptionError(f"the draft is on {there.device}, the target on {here.device}", where="DraftTargetConfig",
+                          at="speculative_model", help="move one of them")  # fmt: skip
+
+
+@contextlib.contextmanager
+def draft_layers(draft: Any, num_draft_layers: int | None) -> Iterator[None]:
+    """Let only the first `num_draft_layers` decoder layers of a draft run while it is captured."""
+    config = text_config(draft)
+    depth = int(config.num_hidden_layers)
+    if num_draft_layers is not None and num_draft_layers > depth:
+        raise OptionError(
+            f"num_draft_layers is {num_draft_layers}, but the draft has {depth} layers",
+            at=f"num_draft_layers={num_draft_layers}", where=type(draft).__name__,
+            help=f"leave it out, or use at most {depth}",
+        )  # fmt: skip
+    if num_draft_layers is None or num_draft_layers == depth:
+        yield
+        return
+    lists = [
+        (parent, name, child)
+        for parent in draft.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == depth
+    ]
+    try:
+        for parent, name, child in lists:
+            setattr(parent, name, child[:num_draft_layers])
+        config.num_hidden_layers = num_draft_layers
+        yield
+    finally:
+        for parent, name, child in lists:
+            setattr(parent, name, child)
+        config.num_hidden_layers = depth

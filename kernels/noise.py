@@ -23,12 +23,11 @@ def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _MASK
 
 
-def philox(key: Tensor, counter: tuple[Tensor, Tensor], rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """key int64 (64 bits), counter words int64 in [0, 2^32) -> four int64 words in [0, 2^32); everything broadcasts."""
     k0, k1 = key & _MASK, (key >> 32) & _MASK
-    c0, c1 = counter
-    c2 = torch.zeros_like(c0)
-    c3 = torch.zeros_like(c0)
     for _ in range(rounds):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
@@ -45,9 +44,9 @@ def gumbel(row_keys: Tensor, index: Tensor, vocab_size: int) -> Tensor:
     """
     words = (vocab_size + 3) // 4
     group = torch.arange(words, device=row_keys.device)
-    counter = torch.broadcast_tensors(index[:, :, None], group[None, None, :])
-    parts = philox(row_keys[:, None, None], (counter[0], counter[1]))
-    r = torch.stack([part.expand(*index.shape, words) for part in parts], dim=-1)
+    c0, c1 = torch.broadcast_tensors(index[:, :, None], group[None, None, :])
+    zero = torch.zeros_like(c0)
+    r = torch.stack(philox(row_keys[:, None, None], c0, c1, zero, zero), dim=-1)
     u = (r.reshape(*index.shape, words * 4)[..., :vocab_size].float() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-u.clamp(max=1.0 - 2.0**-24)))
 

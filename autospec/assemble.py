@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from autospec.config import Speculation
 from autospec.ir.match import calls
 from autospec.ir.passes import PassRecord
 from autospec.ir.runner import run_stages
-from autospec.ir.slots import slots
+from autospec.ir.slots import Slot
 from autospec.kernels.attention import attention
+from autospec.kernels.packed_linear import pack
 from autospec.legality import check_captured
 from autospec.lower import lower
-from autospec.passes.fuse_linears import materialise
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
 from autospec.pipeline import DraftParts
 from autospec.program import CapturedModel, Graph, ModelFacts, Program, Shape
@@ -105,6 +106,14 @@ def build_program(
     return Program(shape, target.facts, graphs, bound, records)
 
 
+def materialise(slot: Slot, weights: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of a weight slot: a captured one, several concatenated, or a packed copy."""
+    if not slot.parts:
+        return weights[slot.name]
+    whole = torch.cat([weights[name] for name in slot.parts]) if len(slot.parts) > 1 else weights[slot.parts[0]]
+    return pack(whole) if slot.is_packed else whole
+
+
 def state_bytes(target: CapturedModel, draft: CapturedModel | None, shape: Shape) -> int:
     """Bytes of pages and history that a program of this shape allocates."""
     per_token = target.facts.bytes_per_token + (draft.facts.bytes_per_token if draft is not None else 0)
@@ -118,6 +127,3 @@ def num_nodes(program: Program) -> int:
 
 def next_power_of_two(value: int) -> int:
     return 1 << max(0, math.ceil(math.log2(max(1, value))))
-
-
-__all__ = ["build_program", "capture_model", "copy_graph", "next_power_of_two", "num_nodes", "slots", "state_bytes"]

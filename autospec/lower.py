@@ -99,7 +99,8 @@ def compile_with_inductor(module: fx.GraphModule) -> Any:
     examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     plain = fx.GraphModule(torch.nn.Module(), module.graph)
     try:
-        with torch.no_grad(), torch._inductor.config.patch(reorder_for_locality=False):
+        # Packed weights are opaque tensors without strides, so the arguments' sizes are not asserted at run time.
+        with torch.no_grad(), torch._inductor.config.patch(reorder_for_locality=False, size_asserts=False):
             compiled = torch._inductor.standalone_compile(plain, examples, dynamic_shapes="from_example_inputs")  # type: ignore[arg-type]
     except Exception as error:
         raise LoweringError(f"Inductor failed: {type(error).__name__}: {str(error)[:300]}", help="try compile='eager'") from error

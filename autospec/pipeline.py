@@ -14,6 +14,7 @@ from autospec.passes.fold_noops import FoldNoops
 from autospec.passes.fuse_linears import FuseLinears
 from autospec.passes.gather_logits import GatherLogits
 from autospec.passes.offset_draft_layers import OffsetDraftLayers
+from autospec.passes.pack_linears import PackLinears
 from autospec.passes.page_kv_cache import PageKvCache
 from autospec.passes.propose_draft import ProposeNgram, ProposeNothing
 from autospec.passes.recognize_attention import RecognizeAttention
@@ -97,7 +98,7 @@ def finish() -> list[Stage]:
     """What every graph of a program ends with."""
     return [
         Stage("optimise", [FuseLinears()]),
-        Stage("select", [SelectKernels(disabled=disabled_kernels())]),
+        Stage("select", [PackLinears(), SelectKernels(disabled=disabled_kernels())]),
     ]
 
 

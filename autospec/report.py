@@ -45,7 +45,7 @@ def pass_table(records: Iterable[PassRecord]) -> list[str]:
 
 def memory_plan(target: CapturedModel, draft: CapturedModel | None, program: Program) -> list[str]:
     """Bytes of weights, pages and the rest of the state."""
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in program.weights.values())
+    weights = sum(tensor.numel() * tensor.dtype.itemsize for tensor in program.weights.values())
     sizes = {name: slot for name, slot in program.state_slots().items()}
     total = {True: 0, False: 0}
     for name, slot in sizes.items():

@@ -95,10 +95,3 @@ def _fuse(module: fx.GraphModule, source: fx.Node, group: list[fx.Node]) -> None
         module.graph.erase_node(node)
         for weight in unused:
             module.graph.erase_node(weight)
-
-
-def materialise(slot: Slot, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The tensor of a weight slot: the captured one, or the concatenation of its parts."""
-    if not slot.parts:
-        return weights[slot.name]
-    return torch.cat([weights[name] for name in slot.parts])

@@ -45,11 +45,11 @@ class Builder:
         self.owner = owner
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Emit one op; `target` is an OpOverload or a KernelOp."""
+        """Emit one op; `target` is an OpOverload, operator.getitem or a KernelOp."""
         assert not self.before._erased, f"the builder's anchor %{self.before.name} was erased: erase it last"
-        op = target if isinstance(target, torch._ops.OpOverload) else target.op
+        op = target.op if hasattr(target, "reference") else target
         with self.graph.inserting_before(self.before):
-            node = self.graph.create_node("call_function", op, args, kwargs, name=op._opname)
+            node = self.graph.create_node("call_function", op, args, kwargs, name=getattr(op, "_opname", "getitem"))
         with fake_mode(self.module), torch.no_grad():
             node.meta["val"] = op(*value_of(args), **value_of(kwargs))
         node.meta["module"] = self.owner
@@ -58,13 +58,7 @@ class Builder:
     def calls(self, target: Any, *args: Any, **kwargs: Any) -> list[fx.Node]:
         """Emit one op with several results, as one node each."""
         node = self.call(target, *args, **kwargs)
-        results = []
-        for index, value in enumerate(node.meta["val"]):
-            with self.graph.inserting_before(self.before):
-                item = self.graph.call_function(operator.getitem, (node, index))
-            item.meta.update(val=value, module=self.owner)
-            results.append(item)
-        return results
+        return [self.call(operator.getitem, node, index) for index in range(len(node.meta["val"]))]
 
     def slot(self, slot: Slot) -> fx.Node:
         """The placeholder of this slot, declared now if the graph does not have it."""
@@ -110,12 +104,7 @@ def splice(builder: Builder, part: fx.GraphModule, inputs: Mapping[str, fx.Node]
             return list(fx.map_arg(node.args[0], lambda n: mapped[n]))
         args = fx.map_arg(node.args, lambda n: mapped[n])
         kwargs = fx.map_arg(node.kwargs, lambda n: mapped[n])
-        if node.target is operator.getitem:
-            with builder.graph.inserting_before(builder.before):
-                copy = builder.graph.call_function(operator.getitem, args, kwargs)
-            copy.meta["val"] = args[0].meta["val"][args[1]]
-        else:
-            copy = builder.call(node.target, *args, **kwargs)
+        copy = builder.call(node.target, *args, **kwargs)
         copy.meta.update({key: value for key, value in node.meta.items() if key != "val"})
         mapped[node] = copy
     raise AssertionError("a graph to splice has no output node")

@@ -24,6 +24,7 @@ class Slot:
         shape, dtype: of the tensor; empty for a captured graph's symbolic inputs.
         fill: initial value of state.
         parts: names of the weights that this weight concatenates along dimension 0 (none: a captured weight).
+        is_packed: the weight is stored in a kernel library's own layout.
     """
 
     kind: Kind
@@ -32,6 +33,7 @@ class Slot:
     dtype: torch.dtype = torch.float32
     fill: float = 0
     parts: tuple[str, ...] = ()
+    is_packed: bool = False
 
 
 def slot_of(node: fx.Node) -> Slot:

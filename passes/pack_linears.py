@@ -1,0 +1,55 @@
+"""On a CPU, let linear layers read weights in oneDNN's blocked layout.
+
+    %y = aten.linear(%x, %w)   ->   %y = autospec_onednn.linear(%x, %w_packed, None)
+
+Legal: the packed weight holds the same numbers; the sum over inputs may round in another order, as any matrix product
+may. The packed copy is made once and shared by all graphs of a model.
+Gives up on: computed weights, other devices and dtypes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import fx
+
+from autospec.ir.build import Builder, declare
+from autospec.ir.match import aten, calls
+from autospec.ir.passes import Notes, Pass
+from autospec.ir.slots import Slot, slot_of
+from autospec.kernels.packed_linear import linear, why_not
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackLinears(Pass):
+    """Replace aten.linear by the packed one where the CPU profits."""
+
+    name = "pack-linears"
+
+    def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        count = 0
+        for node in calls(module, aten.linear):
+            weight = node.args[1]
+            assert isinstance(weight, fx.Node)
+            is_stored = weight.op == "placeholder" and slot_of(weight).kind == "weight"
+            reason = why_not(weight.meta["val"]) if is_stored else "the weight is computed, not stored"
+            if reason is not None:
+                notes.refuse(node, reason)
+                continue
+            packed = declare(module, packed_slot(slot_of(weight)), weight.meta["val"])
+            builder = Builder(module, node, node.meta.get("module", ""))
+            bias = node.args[2] if len(node.args) > 2 else None
+            replacement = builder.call(linear, node.args[0], packed, bias)
+            replacement.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+            node.replace_all_uses_with(replacement)
+            module.graph.erase_node(node)
+            if not weight.users:
+                module.graph.erase_node(weight)
+            count += 1
+        return count
+
+
+def packed_slot(slot: Slot) -> Slot:
+    """The slot of a weight's packed copy."""
+    return dataclasses.replace(slot, name=f"{slot.name}@onednn", parts=slot.parts or (slot.name,), is_packed=True)

@@ -1,0 +1,342 @@
+"""Paged attention against float64 loops over the slots that a walk up the tree names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from autospec.kernels.attention import attention
+from autospec.kernels.paged_attention import Tile, attend_pages, paged_attention
+from autospec.kernels.tree_tables import tree_tables
+
+FILE = "autospec.kernels.paged_attention"
+WHOLE, SPLIT = Tile(16, 16, 1, 4, 2), Tile(32, 16, 4, 4, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Arguments of the op, and the tree they were made from (None: a chain)."""
+
+    q: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    page_table: Tensor
+    kv_lens: Tensor
+    q_lens: Tensor | None = None
+    parents: Tensor | None = None
+    sinks: Tensor | None = None
+    scale: float = 0.3
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+
+    def arguments(self) -> list:
+        """In the op's order."""
+        tree_mask = None if self.parents is None else tree_tables(self.parents)[0]
+        return [self.q, self.k_pages, self.v_pages, self.page_table, self.kv_lens, self.q_lens, tree_mask, self.sinks,
+                self.scale, self.window, self.chunk, self.softcap]
+
+    def to(self, to) -> Case:
+        """The same case with every tensor converted, integers only moved."""
+        def convert(x):
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(to) if x.is_floating_point() or isinstance(to, torch.device) else x
+
+        return Case(**{name: convert(value) for name, value in vars(self).items()})
+
+
+def make_case(seed, parents, *, group=2, kv_heads=2, dims=(8, 8), page=4, max_len=40, q_lens=None, **options) -> Case:
+    """Random float64 tensors, ragged lengths, pages in a random order; scratch page 0 and unused slots are poisoned.
+
+    parents is tree_parents [B, N], or (B, N) for chains.
+    """
+    g = torch.Generator().manual_seed(seed)
+    batch, q_len = parents.shape if isinstance(parents, Tensor) else parents
+    max_pages = (max_len + q_len + page - 1) // page + 1
+    k_pages, v_pages = (
+        torch.randn(1 + batch * max_pages, page, kv_heads, d, generator=g, dtype=torch.float64) for d in dims
+    )
+    page_table = (1 + torch.randperm(batch * max_pages, generator=g)).reshape(batch, max_pages).int()
+    return Case(
+        q=torch.randn(batch, q_len, kv_heads * group, dims[0], generator=g, dtype=torch.float64),
+        k_pages=k_pages, v_pages=v_pages, page_table=page_table,
+        kv_lens=torch.randint(0, max_len + 1, (batch,), generator=g).int(),
+        q_lens=q_lens, parents=parents if isinstance(parents, Tensor) else None, **options,
+    )
+
+
+def seen_slots(case: Case, b: int, node: int) -> list[int]:
+    """Slots that a node sees, from the definition: committed rows, ancestors and itself; distances in positions."""
+    start = int(case.kv_lens[b])
+    if case.parents is None:
+        path, depth = list(range(node + 1)), list(range(node + 1))
+    else:
+        parents = case.parents[b].tolist()
+        path = [node]
+        while path[-1] > 0 and parents[path[-1]] >= 0:
+            path.append(parents[path[-1]])
+        path = path[::-1] if path[-1] == 0 else [node]
+        depth = list(range(len(path)))
+    places = [(slot, slot) for slot in range(start)] + [(start + j, start + d) for j, d in zip(path, depth, strict=True)]
+    here = start + depth[-1]
+    return [slot for slot, position in places
+            if (not case.window or position > here - case.window)
+            and (not case.chunk or position // case.chunk == here // case.chunk)]
+
+
+def naive_attention(case: Case) -> tuple[Tensor, Tensor]:
+    """The result in float64, and sum p |v|, which scales the error of rounding p."""
+    q = case.q.double()
+    batch, q_len, q_heads, _ = q.shape
+    group = q_heads // case.k_pages.shape[2]
+    out = torch.zeros(batch, q_len, q_heads, case.v_pages.shape[3], dtype=torch.float64)
+    size = torch.zeros_like(out)
+    for b in range(batch):
+        table = case.page_table[b].long()
+        k, v = (pages.double()[table].flatten(0, 1) for pages in (case.k_pages, case.v_pages))
+        for n in range(q_len if case.q_lens is None else int(case.q_lens[b])):
+            slots = seen_slots(case, b, n)
+            for h in range(q_heads):
+                scores = k[slots, h // group] @ q[b, n, h] * case.scale
+                if case.softcap:
+                    scores = torch.tanh(scores / case.softcap) * case.softcap
+                extra = torch.zeros(0) if case.sinks is None else case.sinks[h : h + 1]
+                weights = torch.softmax(torch.cat([scores, extra.double()]), 0)[: len(slots)]
+                out[b, n, h] = weights @ v[slots, h // group]
+                size[b, n, h] = weights @ v[slots, h // group].abs()
+    return out, size
+
+
+def check_attention(case: Case, out: Tensor, unit: float) -> None:
+    """|out - exact| <= unit (|exact| + sum p |v|) + float32 noise; unit: half a step of the dtype at 1.
+
+    The first term is the rounding of the output, the second that of the probabilities before they meet V.
+    """
+    exact, size = naive_attention(case)
+    valid = torch.ones(exact.shape[:2], dtype=torch.bool)
+    if case.q_lens is not None:
+        valid = torch.arange(exact.shape[1])[None] < case.q_lens[:, None]
+    excess = (out.cpu().double() - exact).abs() - unit * (exact.abs() + size) - 4e-6 * (1 + size)
+    assert out.shape == exact.shape
+    assert excess[valid].max() <= 0, f"off by {excess[valid].max():.2e} more than rounding explains"
+
+
+features = st.fixed_dictionaries({
+    "window": st.sampled_from([0, 0, 1, 5, 17]),
+    "chunk": st.sampled_from([0, 0, 4, 12]),
+    "softcap": st.sampled_from([0.0, 0.0, 2.0]),
+    "has_sinks": st.booleans(),
+    "group": st.sampled_from([1, 2, 3]),
+    "dims": st.sampled_from([(8, 8), (24, 24), (20, 12), (12, 20)]),
+})
+
+
+def case_with(features, seed, parents):
+    options = dict(features)
+    if options.pop("has_sinks"):
+        heads = 2 * options["group"]
+        options["sinks"] = torch.randn(heads, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return make_case(seed, parents, **options)
+
+
+@settings(max_examples=25, deadline=None, print_blob=True)
+@given(seed=st.integers(0, 2**32 - 1), q_len=st.integers(1, 40), is_tree=st.booleans(), features=features)
+def test_reference_equals_loops(random_parents, seed, q_len, is_tree, features):
+    parents = random_parents(torch.Generator().manual_seed(seed), 2, q_len) if is_tree else (2, q_len)
+    case = case_with(features, seed, parents)
+    check_attention(case, paged_attention(*case.arguments()), 0.0)
+
+
+@settings(max_examples=12, deadline=None, print_blob=True)
+@given(seed=st.integers(0, 2**32 - 1), q_len=st.integers(1, 40), is_tree=st.booleans(), features=features,
+       tile=st.sampled_from([WHOLE, SPLIT]))
+def test_triton_equals_loops(random_parents, interpreted, seed, q_len, is_tree, features, tile):
+    parents = random_parents(torch.Generator().manual_seed(seed), 2, q_len) if is_tree else (2, q_len)
+    case = case_with(features, seed, parents).to(torch.float32)
+    check_attention(case, interpreted(FILE, "attend_pages", *case.arguments(), tile), 0.0)
+
+
+def all_of(interpreted, case):
+    """The reference, and Triton with and without splits."""
+    arguments = case.to(torch.float32).arguments()
+    yield paged_attention(*arguments)
+    for tile in (WHOLE, SPLIT):
+        yield interpreted(FILE, "attend_pages", *arguments, tile)
+
+
+@pytest.mark.parametrize("q_len", [33, 65])
+def test_masks_of_more_than_one_word(random_parents, interpreted, q_len):
+    case = make_case(1, random_parents(torch.Generator().manual_seed(q_len), 1, q_len), kv_heads=1, max_len=9)
+    for out in all_of(interpreted, case):
+        check_attention(case.to(torch.float32), out, 0.0)
+
+
+@pytest.mark.parametrize("kv_len", [0, 1, 15, 16, 17, 39])
+def test_every_alignment_of_the_committed_rows(random_parents, interpreted, kv_len):
+    case = make_case(2, random_parents(torch.Generator().manual_seed(kv_len), 1, 9))
+    case = replace(case, kv_lens=torch.tensor([kv_len]).int())
+    for out in all_of(interpreted, case):
+        check_attention(case.to(torch.float32), out, 0.0)
+
+
+def test_a_window_counts_positions_not_slots(interpreted):
+    """Eight siblings sit in slots 10 ... 17 but all at position 10: a window of 4 shows each the rows 7, 8, 9 and itself."""
+    parents = torch.tensor([[-1, *[0] * 7]], dtype=torch.int32)
+    case = replace(make_case(3, parents, window=4), kv_lens=torch.tensor([9]).int())
+    assert seen_slots(case, 0, 7) == [7, 8, 9, 16]
+    for out in all_of(interpreted, case):
+        check_attention(case.to(torch.float32), out, 0.0)
+
+
+def test_a_chunk_boundary_inside_a_tree(interpreted):
+    """Positions 10, 11 | 12, 13: the deeper nodes see only their own chunk, though their slots say otherwise."""
+    parents = torch.tensor([[-1, 0, 0, 1, 2, 3]], dtype=torch.int32)
+    case = replace(make_case(4, parents, chunk=4), kv_lens=torch.tensor([10]).int())
+    assert seen_slots(case, 0, 4) == [14]
+    assert seen_slots(case, 0, 5) == [13, 15]
+    for out in all_of(interpreted, case):
+        check_attention(case.to(torch.float32), out, 0.0)
+
+
+def test_an_absent_node_sees_itself_and_is_not_nan(interpreted):
+    parents = torch.tensor([[-1, -1, 1, 0]], dtype=torch.int32)
+    for kv_len in (0, 5):
+        case = replace(make_case(5, parents, window=2), kv_lens=torch.tensor([kv_len]).int())
+        assert seen_slots(case, 0, 2)[-1] == kv_len + 2
+        for out in all_of(interpreted, case):
+            check_attention(case.to(torch.float32), out, 0.0)
+
+
+def test_a_chain_is_a_tree(interpreted):
+    chain = make_case(6, (2, 12), window=7)
+    tree = replace(chain, parents=torch.arange(-1, 11, dtype=torch.int32).expand(2, -1))
+    for one, other in zip(all_of(interpreted, chain), all_of(interpreted, tree), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_wide_equals_narrow(interpreted):
+    """N tokens in one call equal N calls of one: the rows are in the cache already, only the lengths differ."""
+    wide = make_case(7, (2, 5), chunk=12)
+    for i, out in enumerate(all_of(interpreted, wide)):
+        for n in range(5):
+            narrow = replace(wide, q=wide.q[:, n : n + 1], kv_lens=wide.kv_lens + n)
+            one = list(all_of(interpreted, narrow))[i] if i else paged_attention(*narrow.to(torch.float32).arguments())
+            torch.testing.assert_close(out[:, n : n + 1], one, rtol=2e-6, atol=2e-6)
+
+
+def test_padding_is_invisible(interpreted):
+    """Rows past q_lens and pages past the length change nothing, whatever they hold: NaN in Triton's case."""
+    case = make_case(8, (3, 9), q_lens=torch.tensor([9, 4, 0]).int()).to(torch.float32)
+    for tile in (WHOLE, SPLIT):
+        poisoned = replace(case, k_pages=case.k_pages.clone(), v_pages=case.v_pages.clone(), q=case.q.clone())
+        for b in range(3):
+            for slot in range(int(case.kv_lens[b] + case.q_lens[b]), case.page_table.shape[1] * 4):
+                poisoned.k_pages[case.page_table[b, slot // 4], slot % 4] = float("nan")
+                poisoned.v_pages[case.page_table[b, slot // 4], slot % 4] = float("nan")
+            poisoned.q[b, int(case.q_lens[b]) :] = float("nan")
+        poisoned.k_pages[0] = float("nan")
+        out = interpreted(FILE, "attend_pages", *poisoned.arguments(), tile)
+        check_attention(case, out, 0.0)
+        assert torch.equal(out[2], torch.zeros_like(out[2])), "rows past q_lens are 0"
+    check_attention(case, paged_attention(*case.arguments()), 0.0)
+
+
+def test_pages_are_a_permutation(interpreted):
+    case = make_case(9, (2, 6))
+    order = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(case.k_pages.shape[0] - 1)])
+    moved = replace(case, k_pages=case.k_pages[order], v_pages=case.v_pages[order],
+                    page_table=order.argsort()[case.page_table.long()].int())
+    for one, other in zip(all_of(interpreted, case), all_of(interpreted, moved), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_finished_row_past_its_table_is_finite(interpreted):
+    """It keeps running in a static graph; its rows went to the scratch page."""
+    case = make_case(10, (1, 4))
+    case = replace(case, kv_lens=torch.tensor([case.page_table.shape[1] * 4 - 2]).int())
+    for out in all_of(interpreted, case):
+        assert torch.isfinite(out).all()
+
+
+def test_one_group_of_many_heads_and_uneven_tiles(interpreted):
+    """7 heads to a K/V head: a node's rows straddle two tiles."""
+    case = make_case(11, (1, 6), group=7, kv_heads=1)
+    for out in all_of(interpreted, case):
+        check_attention(case.to(torch.float32), out, 0.0)
+
+
+def test_half_precision_under_the_interpreter(interpreted):
+    """float16: the interpreter's dot takes bfloat16 for integers (triton 3.9); the GPU tests have both."""
+    case = make_case(12, torch.tensor([[-1, 0, 0, 1]], dtype=torch.int32)).to(torch.float16)
+    out = interpreted(FILE, "attend_pages", *case.arguments(), SPLIT)
+    assert out.dtype == torch.float16
+    check_attention(case, out, 2.0**-11)
+
+
+PLANTED = {
+    "siblings see each other": lambda a: [*a[:6], a[6] | 0b110, *a[7:]],
+    "the newest row is missing": lambda a: [*a[:6], a[6] & ~0b10000, *a[7:]],
+    "one committed row too few": lambda a: [*a[:4], a[4] - 1, *a[5:]],
+    "the window is one wider": lambda a: [*a[:9], a[9] + 1, *a[10:]],
+    "the chunk is ignored": lambda a: [*a[:10], 0, *a[11:]],
+    "sinks are ignored": lambda a: [*a[:7], None, *a[8:]],
+    "the softcap is ignored": lambda a: [*a[:11], 0.0],
+    "K/V heads are interleaved": lambda a: [a[0].unflatten(2, (2, 2)).transpose(2, 3).flatten(2, 3), *a[1:]],
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("is_triton", [False, True])
+def test_planted_bugs_are_caught(interpreted, bug, is_triton):
+    parents = torch.tensor([[-1, 0, 0, 1, 3]], dtype=torch.int32)
+    case = make_case(13, parents, window=6, chunk=8, softcap=1.0, sinks=torch.zeros(4, dtype=torch.float64))
+    case = replace(case, kv_lens=torch.tensor([14]).int()).to(torch.float32)
+    run = (lambda *a: interpreted(FILE, "attend_pages", *a, WHOLE)) if is_triton else paged_attention
+    check_attention(case, run(*case.arguments()), 0.0)
+    with pytest.raises(AssertionError):
+        check_attention(case, run(*PLANTED[bug](case.arguments())), 0.0)
+
+
+def test_attention_as_captured_equals_the_paged_one():
+    case = make_case(14, (2, 11), window=5, sinks=torch.randn(4, dtype=torch.float64), max_len=0)
+    k, v = (pages[case.page_table.long()].flatten(1, 2)[:, :11].transpose(1, 2) for pages in (case.k_pages, case.v_pages))
+    out = attention(case.q.transpose(1, 2), k, v, case.sinks, scale=case.scale, window=5)
+    check_attention(case, out, 0.0)
+
+
+GPU_CASES = {
+    "decode": dict(parents=(3, 1), max_len=700, kv_heads=8, group=4, dims=(128, 128), page=16),
+    "tree": dict(parents=64, max_len=300, kv_heads=2, group=4, dims=(128, 128), page=16),
+    "wide tree": dict(parents=150, max_len=70, kv_heads=1, group=2, dims=(64, 64), page=16),
+    "window and sinks": dict(parents=20, max_len=300, kv_heads=2, group=8, dims=(64, 64), page=16, window=128,
+                             sinks=torch.linspace(-2, 2, 16, dtype=torch.float64)),
+    "chunk": dict(parents=30, max_len=300, kv_heads=2, group=5, dims=(128, 128), page=32, chunk=64),
+    "softcap, head dim 256": dict(parents=(2, 9), max_len=150, kv_heads=2, group=2, dims=(256, 256), page=16, softcap=50.0),
+    "head dims 80 and 96": dict(parents=12, max_len=150, kv_heads=2, group=1, dims=(80, 96), page=8),
+    "head dim 192 and 128": dict(parents=(2, 40), max_len=100, kv_heads=2, group=3, dims=(192, 128), page=64),
+    "head dim 512": dict(parents=(1, 3), max_len=100, kv_heads=1, group=4, dims=(512, 512), page=16),
+    "prefill": dict(parents=(2, 200), max_len=50, kv_heads=1, group=2, dims=(128, 128), page=16,
+                    q_lens=torch.tensor([200, 77]).int()),
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_triton_on_the_gpu(random_parents, cuda, name, dtype):
+    options = dict(GPU_CASES[name])
+    parents = options.pop("parents")
+    if isinstance(parents, int):
+        parents = random_parents(torch.Generator().manual_seed(parents), 2, parents)
+    case = make_case(15, parents, **options, scale=options["dims"][0] ** -0.5).to(dtype)
+    unit = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[dtype]
+    arguments = case.to(cuda).arguments()
+    check_attention(case, torch.ops.autospec_triton.paged_attention(*arguments), unit)
+    for splits in (1, 8):
+        check_attention(case, attend_pages(*arguments, Tile(32, 32, splits, 4, 2)), unit)

@@ -1,0 +1,153 @@
+"""Every op of the registry: its schema tells the truth, its fake agrees with it, its implementations fit it."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from autospec.kernels.registry import KernelOp, find, load_all
+
+B, N, L, T, V = 2, 5, 2, 24, 40
+HQ, HKV, D, DV, P, PAGES = 4, 2, 8, 6, 4, 5
+
+
+def integers(high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.randint(0, high, shape, dtype=dtype)
+
+
+# One name per thing: an argument's name decides its shape and dtype, whatever the op.
+ARGUMENTS = {
+    "tokens": lambda: integers(V, B, T), "draft_tokens": lambda: integers(V, B, N), "target_tokens": lambda: integers(V, B, N),
+    "new_tokens": lambda: integers(V, B, N - 1), "drafts": lambda: integers(V, B, L),
+    "tree_parents": lambda: torch.tensor([[-1, 0, 0, 1, 3], [-1, 0, -1, 2, 1]], dtype=torch.int32),
+    "new_parents": lambda: torch.tensor([[-1, 0, 1, 2], [-1, 0, 1, -1]], dtype=torch.int32),
+    "tree_mask": lambda: torch.tensor([[[1], [3], [5], [11], [27]]] * B, dtype=torch.int32),
+    "depth": lambda: torch.tensor([[0, 1, 1, 2, 3]] * B, dtype=torch.int32),
+    "accept_length": lambda: torch.tensor([2, 0], dtype=torch.int32),
+    "accept_path": lambda: torch.tensor([[0, 1, 3], [0, -1, -1]], dtype=torch.int32),
+    "bonus_token": lambda: integers(V, B), "accept_counts": lambda: integers(9, L + 1),
+    "emitted": lambda: torch.tensor([[3, 4, -1], [5, -1, -1]]), "eos_ids": lambda: torch.tensor([1, 2]),
+    "kv_lens": lambda: torch.tensor([7, 3], dtype=torch.int32), "q_lens": lambda: torch.tensor([4, 1], dtype=torch.int32),
+    "prompt_lens": lambda: torch.tensor([5, 3], dtype=torch.int32), "starts": lambda: torch.tensor([2, 0], dtype=torch.int32),
+    "limits": lambda: torch.tensor([18, 9], dtype=torch.int32), "finished": lambda: torch.tensor([False, True]),
+    "seen": lambda: torch.rand(B, V) < 0.5, "row_keys": lambda: torch.tensor([5, -(2**40)]),
+    "temperature": lambda: torch.tensor([0.0, 0.8]), "top_k": lambda: torch.tensor([0, 9], dtype=torch.int32),
+    "top_p": lambda: torch.tensor([1.0, 0.9]), "min_p": lambda: torch.tensor([0.0, 0.1]),
+    "repetition_penalty": lambda: torch.tensor([1.0, 1.3]), "logits": lambda: torch.randn(B, N, V),
+    "hidden": lambda: torch.randn(B, N, 3), "q": lambda: torch.randn(B, N, HQ, D),
+    "k": lambda: torch.randn(B, N, HKV, D), "v": lambda: torch.randn(B, N, HKV, DV),
+    "k_pages": lambda: torch.randn(1 + B * PAGES, P, HKV, D), "v_pages": lambda: torch.randn(1 + B * PAGES, P, HKV, DV),
+    "pages": lambda: [torch.randn(1 + B * PAGES, P, HKV, D) for _ in range(3)],
+    "page_table": lambda: (1 + torch.arange(B * PAGES, dtype=torch.int32)).reshape(B, PAGES),
+    "sinks": lambda: torch.randn(HQ), "scale": lambda: 0.3, "window": lambda: 6, "chunk": lambda: 4, "softcap": lambda: 5.0,
+    "max_draft_len": lambda: L, "max_matching_ngram_size": lambda: 3, "is_use_oldest": lambda: False,
+    "max_position": lambda: 30, "q_len": lambda: N, "count": lambda: 3, "first_node": lambda: 0,
+}
+# Where an op's layout is another: attention comes as captured, heads before tokens; a prefill chunk chooses one token.
+SPECIAL = {
+    "attention": {name: (lambda h=h, d=d: torch.randn(B, h, N, d)) for name, h, d in (("q", HQ, D), ("k", HKV, D), ("v", HKV, DV))},
+    "commit_prompt": {"target_tokens": lambda: integers(V, B, 1), "kv_lens": lambda: torch.tensor([1, 3], dtype=torch.int32)},
+}
+OPS = load_all()
+
+
+def sample(op: KernelOp) -> dict[str, Any]:
+    """Arguments for an op, by name."""
+    known = {**ARGUMENTS, **SPECIAL.get(op.name, {})}
+    missing = [name for name in op.signature.parameters if name not in known]
+    assert not missing, f"{op.name} has arguments {missing} that the glossary in this file lacks: add them"
+    return {name: known[name]() for name in op.signature.parameters}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    torch.manual_seed(0)
+    opcheck(OPS[name].op, (), sample(OPS[name]))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_schema_tells_the_truth_about_mutation(name):
+    """What is declared is written, nothing else is; and a caller can pass what it likes for the rest."""
+    torch.manual_seed(0)
+    op = OPS[name]
+    arguments, before = sample(op), {}
+    for key, value in arguments.items():
+        before[key] = [x.clone() for x in value] if isinstance(value, list) else value.clone() if isinstance(value, Tensor) else value
+    op(**arguments)
+    for key, value in arguments.items():
+        if key not in op.mutates and isinstance(value, Tensor):
+            assert torch.equal(value, before[key]), f"{name} writes {key} and does not say so"
+
+
+def test_an_undeclared_mutation_is_caught():
+    """opcheck must be able to fail: a reference that writes its argument without saying so."""
+    library = torch.library.custom_op("autospec_planted::forgetful", forgetful, mutates_args=())
+    library.register_fake(lambda x: torch.empty_like(x))
+    with pytest.raises(Exception, match="mutat|alias"):
+        opcheck(torch.ops.autospec_planted.forgetful.default, (torch.zeros(3),))
+
+
+def forgetful(x: Tensor) -> Tensor:
+    x.add_(1)
+    return x.clone()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_implementations_have_the_reference_signature(name):
+    reference = inspect.signature(OPS[name].reference)
+    for implementation in OPS[name].implementations:
+        assert inspect.signature(implementation.function) == reference, implementation.backend
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.implementations])
+def test_why_not_states_a_fact_on_a_cpu(name):
+    op = OPS[name]
+    for implementation in op.implementations:
+        reason = implementation.why_not(sample(op))
+        assert reason is not None
+        assert "cpu" in reason or "not installed" in reason
+
+
+def test_why_not_refuses_what_a_tile_cannot_hold():
+    op = OPS["paged_attention"]
+    why_not = op.implementations[0].why_not
+    wide = {**sample(op), "q": torch.zeros(1, 1, 2, 1024)}
+    assert "1024" in str(why_not(wide))
+    assert "torch.float64" in str(why_not({key: x.double() if key in ("q", "k_pages", "v_pages") else x for key, x in wide.items()}))
+    assert "bfloat16" in str(why_not({**wide, "q": wide["q"].bfloat16()}))
+
+
+def test_find_knows_canonical_ops_only():
+    assert find(torch.ops.autospec.accept_tree.default) is OPS["accept_tree"]
+    assert find(torch.ops.aten.add.Tensor) is None
+    assert find("accept_tree") is None
+
+
+def test_a_kernel_file_under_another_name_is_refused():
+    """Hugging Face's package `kernels` exists; importing ours as `kernels` would register every op twice."""
+    path = Path(__file__).parents[2] / "kernels" / "registry.py"
+    spec = importlib.util.spec_from_file_location("kernels.registry", path)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match="autospec.kernels"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.implementations])
+def test_opcheck_of_triton(cuda, name):
+    torch.manual_seed(0)
+    op = OPS[name]
+    def move(x):
+        return [y.to(cuda) for y in x] if isinstance(x, list) else x.to(cuda) if isinstance(x, Tensor) else x
+    arguments = {key: move(value) for key, value in sample(op).items()}
+    for implementation in op.implementations:
+        assert implementation.why_not(arguments) is None
+        opcheck(implementation.op, (), arguments)

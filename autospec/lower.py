@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import time
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -12,12 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autospec.errors import LoweringError, OptionError
 from autospec.ir.build import Builder, fake_mode, value_of
-from autospec.ir.slots import slots
+from autospec.ir.slots import Slot, slots
 from autospec.kernels.registry import KernelOp, find
 from autospec.program import Graph
-
-Compile = Literal["inductor", "eager"]
-
 
 def use_available_cores() -> int:
     """Set torch's CPU threads from the affinity mask and return their number; containers often see more cores than they have."""
@@ -56,11 +57,9 @@ def inline_references(module: fx.GraphModule) -> int:
 
 def _inline(module: fx.GraphModule, node: fx.Node, kernel: KernelOp) -> None:
     bound = kernel.bind(node.args, node.kwargs)
-    values = value_of(tuple(bound.values()))
     leaves, spec = torch.utils._pytree.tree_flatten(tuple(bound.values()))
     flat_values = value_of(leaves)
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
-    del values
 
     def over_tensors(*given: torch.Tensor) -> Any:
         filled = list(flat_values)
@@ -95,13 +94,46 @@ def _inline(module: fx.GraphModule, node: fx.Node, kernel: KernelOp) -> None:
 def compile_with_inductor(module: fx.GraphModule) -> Any:
     """Compile with static shapes; weights and state are arguments, so no weight is copied."""
     import torch._inductor
+    from torch._inductor.graph import GraphLowering
 
     examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     plain = fx.GraphModule(torch.nn.Module(), module.graph)
+    sources: list[str] = []
+    # Packed weights are opaque tensors without strides, so the arguments' sizes are not asserted at run time.
+    options = {"reorder_for_locality": False, "size_asserts": False}
     try:
-        # Packed weights are opaque tensors without strides, so the arguments' sizes are not asserted at run time.
-        with torch.no_grad(), torch._inductor.config.patch(reorder_for_locality=False, size_asserts=False):
+        with (
+            torch.no_grad(),
+            torch._inductor.config.patch(options),
+            mock.patch.object(GraphLowering, "save_output_code", sources.append),
+        ):
             compiled = torch._inductor.standalone_compile(plain, examples, dynamic_shapes="from_example_inputs")  # type: ignore[arg-type]
     except Exception as error:
-        raise LoweringError(f"Inductor failed: {type(error).__name__}: {str(error)[:300]}", help="try compile='eager'") from error
+        raise LoweringError(
+            f"Inductor failed: {type(error).__name__}: {str(error)[:300]}", help="try compile='eager', and report this"
+        ) from error
+    assert sources, "Inductor showed no generated code, so page-sized copies cannot be ruled out"
+    refuse_page_copies(sources, [slot for slot in slots(module) if slot.kind == "state"])
     return compiled
+
+
+_ALLOCATION = re.compile(r"empty_strided_\w+\(\(([\d, ]+)\)")
+
+
+def refuse_page_copies(sources: Iterable[str], state: Iterable[Slot]) -> None:
+    """Raise LoweringError if generated code allocates a buffer with the size of a page buffer.
+
+    Pages are written in place; Inductor clones a buffer silently when it cannot prove that this is safe, which would
+    cost a copy of the whole cache per layer and step.
+    """
+    pages = {math.prod(slot.shape): slot for slot in state if slot.name.startswith(("k_pages", "v_pages"))}
+    for source in sources:
+        for sizes in _ALLOCATION.findall(source):
+            numel = math.prod(int(size) for size in sizes.split(",") if size.strip())
+            if numel in pages:
+                slot = pages[numel]
+                raise LoweringError(
+                    f"the compiled graph copies a whole page buffer of {numel} elements",
+                    at=f"empty_strided(({sizes}))", where=slot.name,
+                    help="pages must be written in one style per buffer, by ops whose order the data forces",
+                )  # fmt: skip

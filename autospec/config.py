@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 def _checked(cls: type[T]) -> type[T]:
     """Turn a misspelt or surplus option into an OptionError that suggests the right one."""
-    plain_init = cls.__init__
+    plain_init: Any = cls.__init__
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
     def __init__(self: Any, *args: Any, **options: Any) -> None:
@@ -27,7 +27,7 @@ def _checked(cls: type[T]) -> type[T]:
             raise OptionError(f"{cls.__name__} takes at most {len(names)} options, got {len(args)}")
         plain_init(self, *args, **options)
 
-    cls.__init__ = __init__  # type: ignore[assignment]
+    cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
 
 

@@ -38,7 +38,8 @@ def load_model(model: Any, option: str, like: Any = None) -> Any:
         raise CheckpointError("the folder has no config.json", at=str(path), where=option,
                               help="name a folder written by save_pretrained")  # fmt: skip
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(str(model), output_loading_info=True, **options)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        loaded, info = load(str(model), output_loading_info=True, **options)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

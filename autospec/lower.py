@@ -20,6 +20,7 @@ from autospec.ir.slots import Slot, slots
 from autospec.kernels.registry import KernelOp, find
 from autospec.program import Graph
 
+
 def use_available_cores() -> int:
     """Set torch's CPU threads from the affinity mask and return their number; containers often see more cores than they have."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
@@ -107,7 +108,7 @@ def compile_with_inductor(module: fx.GraphModule) -> Any:
             torch._inductor.config.patch(options),
             mock.patch.object(GraphLowering, "save_output_code", sources.append),
         ):
-            compiled = torch._inductor.standalone_compile(plain, examples, dynamic_shapes="from_example_inputs")  # type: ignore[arg-type]
+            compiled = torch._inductor.standalone_compile(plain, examples, dynamic_shapes="from_example_inputs")
     except Exception as error:
         raise LoweringError(
             f"Inductor failed: {type(error).__name__}: {str(error)[:300]}", help="try compile='eager', and report this"

@@ -46,11 +46,30 @@ def pass_table(records: Iterable[PassRecord]) -> list[str]:
 def memory_plan(target: CapturedModel, draft: CapturedModel | None, program: Program) -> list[str]:
     """Bytes of weights, pages and the rest of the state."""
     weights = sum(tensor.numel() * tensor.dtype.itemsize for tensor in program.weights.values())
-    sizes = {name: slot for name, slot in program.state_slots().items()}
     total = {True: 0, False: 0}
-    for name, slot in sizes.items():
+    for name, slot in program.state_slots().items():
         count = slot.dtype.itemsize
         for size in slot.shape:
             count *= size
         total[name.startswith(("k_pages", "v_pages"))] += count
     return [f"memory: weights {weights / 1e6:.1f} MB, pages {total[True] / 1e6:.1f} MB, other state {total[False] / 1e6:.2f} MB"]
+
+
+def list_passes() -> list[str]:
+    """Every pass of the pipeline with its first line of documentation and its options."""
+    import dataclasses
+
+    from autospec import pipeline
+    from autospec.ir.passes import Pass
+
+    found = sorted(
+        {value for value in vars(pipeline).values() if isinstance(value, type) and issubclass(value, Pass) and value is not Pass},
+        key=lambda one: one.name,
+    )
+    lines = []
+    for one in found:
+        options = ", ".join(field.name for field in dataclasses.fields(one))
+        lines.append(f"{one.name:<22} {(one.__doc__ or '').strip().splitlines()[0]}")
+        if options:
+            lines.append(f"{'':<22} options: {options}")
+    return lines

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from autospec.ir.build import Builder, fake_mode
+from autospec.ir.match import operand, returned
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import the, with_role
 from autospec.kernels.commit import last_rows
@@ -32,14 +33,12 @@ class GatherLogits(Pass):
         heads = with_role(module, "lm_head")
         if not heads:
             builder = Builder(module, output)
-            logits = output.args[0][0]  # type: ignore[index]
+            logits = returned(module)
             notes.refuse(logits, "no lm_head was found, so the logits of every row are computed")
             output.args = ((builder.call(last_rows, logits, q_lens),),)
             return 1
         head = heads[0]
-        hidden = head.args[0]
-        assert isinstance(hidden, fx.Node)
-        head.update_arg(0, Builder(module, head, head.meta.get("module", "")).call(last_rows, hidden, q_lens))
+        head.update_arg(0, Builder(module, head, head.meta.get("module", "")).call(last_rows, operand(head), q_lens))
         behind = False
         for node in module.graph.nodes:
             behind = behind or node is head

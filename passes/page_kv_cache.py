@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from autospec.ir.build import Builder
-from autospec.ir.match import argument, aten, calls
+from autospec.ir.match import argument, aten, calls, operand
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.slots import Slot
 from autospec.kernels.append_kv import append_kv
@@ -40,18 +41,14 @@ class PageKvCache(Pass):
             yield "shapes must be static"
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
-        import torch
-
         found = list(calls(module, attention))
         shared: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]] = {}
         for node in found:
-            q, k, v = node.args[:3]
-            assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+            q, k, v = (operand(node, index) for index in range(3))
             batch = q.meta["val"].shape[0]
             builder = Builder(module, node, node.meta.get("module", ""))
             page_table = builder.state("page_table", (batch, self.pages_per_row), torch.int32)
-            kind = "input" if self.is_length_given else "state"
-            kv_lens = builder.slot(Slot(kind, "kv_lens", (batch,), torch.int32))
+            kv_lens = builder.slot(Slot("input" if self.is_length_given else "state", "kv_lens", (batch,), torch.int32))
             if (k, v) not in shared:
                 index = len(shared)
                 pages = []

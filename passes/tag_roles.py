@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autospec.ir.match import aten, calls, is_call
+from autospec.ir.match import aten, calls, is_call, operand, returned
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import tag
+from autospec.ir.slots import slot_of
 from autospec.kernels.attention import attention
 
 # What may stand between the lm_head and the output without mixing rows: softcaps, scales, casts.
@@ -37,14 +38,13 @@ class TagRoles(Pass):
         for node in attention_calls:
             tag(node, "attention")
         _tag_layers(module, attention_calls, notes)
-        logits = module.graph.output_node().args[0][0]  # type: ignore[index]
-        head = logits
-        while is_call(head, ROW_LOCAL):
-            head = head.args[0]
+        head = returned(module)
+        while _is_row_local(head):
+            head = operand(head)
         if is_call(head, aten.linear):
             tag(head, "lm_head")
-            if isinstance(head.args[0], fx.Node) and "role" not in head.args[0].meta:
-                tag(head.args[0], "final_hidden")
+            if "role" not in operand(head).meta:
+                tag(operand(head), "final_hidden")
             notes.say(f"{len(attention_calls)} attention calls")
         else:
             notes.refuse(head, "the logits do not come straight from a linear layer, so they are computed for every row")
@@ -54,6 +54,16 @@ class TagRoles(Pass):
         for node in calls(module, attention):
             if node.meta.get("role") != "attention":
                 yield f"%{node.name} is an attention call without its role"
+
+
+def _is_row_local(node: fx.Node) -> bool:
+    """One row in, the same row out: no other operand but numbers and weights."""
+    others = [value for value in (*node.args[1:], *node.kwargs.values()) if isinstance(value, fx.Node)]
+    return (
+        is_call(node, ROW_LOCAL)
+        and isinstance(node.args[0], fx.Node)
+        and all(other.op == "placeholder" and slot_of(other).kind == "weight" for other in others)
+    )
 
 
 def _tag_layers(module: fx.GraphModule, attention_calls: list[fx.Node], notes: Notes) -> None:

@@ -20,12 +20,13 @@ import torch
 from torch import fx
 
 from autospec.ir.build import Builder
-from autospec.ir.match import aten
+from autospec.ir.match import aten, returned
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import tag, the
 from autospec.kernels.accept_tree import accept_tree
 from autospec.kernels.commit import commit_prompt, commit_step, tokens_at
 from autospec.state import Chooser, StateShape
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyDraft(Pass):
@@ -37,7 +38,7 @@ class VerifyDraft(Pass):
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         output = module.graph.output_node()
-        logits = output.args[0][0]  # type: ignore[index]
+        logits = returned(module)
         builder = Builder(module, output)
         chooser = Chooser(builder, self.sizes)
         wide = (self.sizes.batch_size, self.sizes.max_draft_len + 1)
@@ -50,8 +51,8 @@ class VerifyDraft(Pass):
         length, path, bonus = builder.calls(accept_tree, target, draft_tokens, tree_parents, self.draft_len)
         counts = builder.state("accept_counts", (self.sizes.max_draft_len + 1,), torch.int64)
         emitted = builder.call(
-            commit_step, tokens, kv_lens, finished, counts, prompt_lens, limits, eos_ids, all_tokens, all_parents, length,
-            path, bonus,
+            commit_step, tokens, kv_lens, finished, counts, prompt_lens, limits, eos_ids, all_tokens, all_parents,
+            length, path, bonus,
         )  # fmt: skip
         tag(emitted, "commit")
         chooser.remember(emitted)
@@ -71,7 +72,7 @@ class CommitPrompt(Pass):
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         output = module.graph.output_node()
-        logits = output.args[0][0]  # type: ignore[index]
+        logits = returned(module)
         builder = Builder(module, output)
         chooser = Chooser(builder, self.sizes)
         q_lens = the(module, "q_lens")
@@ -79,7 +80,7 @@ class CommitPrompt(Pass):
         # The last prompt token plays the root: it stands at slot prompt_lens - 1 and chooses token prompt_lens.
         root_slot = builder.call(aten.sub.Tensor, prompt_lens, 1)
         root = builder.call(tokens_at, tokens, root_slot, 1)
-        no_parent = builder.call(aten.full.default, [self.sizes.batch_size, 1], -1, dtype=torch.int32, device=module.meta["device"])
+        no_parent = builder.call(aten.full_like.default, root, -1, dtype=torch.int32)
         target = chooser.choose(logits, root, no_parent, root_slot)
         emitted = builder.call(
             commit_prompt, tokens, kv_lens, finished, prompt_lens, limits, eos_ids, q_lens, target
@@ -94,6 +95,5 @@ class CommitPrompt(Pass):
 
 
 def _emits(module: fx.GraphModule) -> Iterable[str]:
-    emitted = module.graph.output_node().args[0][0]  # type: ignore[index]
-    if emitted.meta.get("role") != "commit":
+    if returned(module).meta.get("role") != "commit":
         yield "the graph does not return what it commits"

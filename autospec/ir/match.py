@@ -45,6 +45,22 @@ def argument(node: fx.Node, name: str) -> Any:
     raise AssertionError(f"{target_text(node)} has no argument called {name}")
 
 
+def operand(node: fx.Node, index: int = 0) -> fx.Node:
+    """A positional argument that is a node."""
+    value = node.args[index]
+    assert isinstance(value, fx.Node), f"argument {index} of %{node.name} is {value!r}, expected a node"
+    return value
+
+
+def returned(module: fx.GraphModule, index: int = 0) -> fx.Node:
+    """One of the nodes that the graph returns."""
+    values = module.graph.output_node().args[0]
+    assert isinstance(values, (tuple, list)), "a graph returns a tuple"
+    value = values[index]
+    assert isinstance(value, fx.Node), f"the graph returns {value!r}, expected a node"
+    return value
+
+
 @dataclass(frozen=True)
 class Mismatch:
     """Why a pattern does not hold at a node."""

@@ -1,0 +1,156 @@
+"""The command line: verbs over models, printing what can be pasted back.
+
+Errors that a user can cause exit with status 2 and say what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from autospec.errors import AutospecError, OptionError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    try:
+        return int(asked.run(asked) or 0)
+    except AutospecError as error:
+        print(f"autospec: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("autospec: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="autospec", description="Lossless speculative decoding of Hugging Face causal LMs.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = _verb(verbs, "demo", _demo, "optimise the bundled code model and compare it with transformers",
+                 "autospec demo --new-tokens 64")  # fmt: skip
+    demo.add_argument("--new-tokens", type=int, default=128, help="tokens per prompt (default 128)")
+    demo.add_argument("--prompts", type=int, default=6, help="how many of the bundled prompts (default 6)")
+    demo.add_argument("--repeats", type=int, default=3, help="timed runs of each prompt; the median counts (default 3)")
+    demo.add_argument("--compile", default="inductor", choices=("inductor", "eager"))
+    demo.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    demo.add_argument("--picture", default="demo.png", metavar="FILE", help="where the picture goes (default demo.png)")
+
+    generate = _verb(verbs, "generate", _generate, "complete a prompt",
+                     "autospec generate bundled:target --prompt 'def add(a, b):' --max-new-tokens 32")  # fmt: skip
+    _model_arguments(generate)
+    generate.add_argument("--prompt", required=True, help="text to complete")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+
+    explain = _verb(verbs, "explain", _explain, "print what every pass did, and why not",
+                    "autospec explain bundled:target --speculation ngram --compile eager")  # fmt: skip
+    _model_arguments(explain)
+
+    _verb(verbs, "passes", _passes, "list the passes and their options", "autospec passes")
+
+    zoo = verbs.add_parser("zoo", help="try every causal-LM type that transformers knows", add_help=False)
+    zoo.set_defaults(run=_zoo)
+    zoo.add_argument("rest", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name, help=help_text, description=help_text, epilog=f"example:\n  {example}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="path or hub id of a causal LM; bundled:target is the demo model")
+    parser.add_argument(
+        "--speculation", default="auto", help="auto, ngram, none, or draft:MODEL for an external draft model (default auto)"
+    )
+    parser.add_argument("--max-draft-len", type=int, default=None, help="draft tokens per step")
+    parser.add_argument("--compile", default="inductor", choices=("inductor", "eager"))
+
+
+def _speculation(asked: argparse.Namespace) -> Any:
+    from autospec.config import DraftTargetConfig, NGramConfig
+    from autospec.model_zoo.bundled import resolve
+
+    length = {} if asked.max_draft_len is None else {"max_draft_len": asked.max_draft_len}
+    if asked.speculation == "ngram":
+        return NGramConfig(**length)
+    if asked.speculation.startswith("draft:"):
+        return DraftTargetConfig(resolve(asked.speculation.removeprefix("draft:")), **length)
+    if length:
+        raise OptionError(f"--max-draft-len needs a drafter, not '{asked.speculation}'", at="--max-draft-len",
+                          help="add --speculation ngram or draft:MODEL")  # fmt: skip
+    return None if asked.speculation == "none" else asked.speculation
+
+
+def _optimized(asked: argparse.Namespace) -> Any:
+    from autospec.api import optimize
+    from autospec.model_zoo.bundled import resolve
+
+    fast = optimize(resolve(asked.model), _speculation(asked), compile=asked.compile)
+    fast.show_progress = True
+    return fast
+
+
+def _generate(asked: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
+
+    from autospec.model_zoo.bundled import resolve
+
+    fast = _optimized(asked)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(asked.model))
+    inputs = tokenizer(asked.prompt, return_tensors="pt")
+    sampling: dict[str, Any] = {"do_sample": False}
+    if asked.temperature > 0:
+        sampling = {"do_sample": True, "temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
+    output = fast.generate(
+        inputs["input_ids"], inputs.get("attention_mask"), max_new_tokens=asked.max_new_tokens, seed=asked.seed, **sampling
+    )
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    print(fast.metrics, file=sys.stderr)
+    return 0
+
+
+def _explain(asked: argparse.Namespace) -> int:
+    print(_optimized(asked).explain())
+    return 0
+
+
+def _passes(asked: argparse.Namespace) -> int:
+    from autospec.report import list_passes
+
+    print("\n".join(list_passes()))
+    return 0
+
+
+def _demo(asked: argparse.Namespace) -> int:
+    from autospec.demo import run_demo
+
+    return run_demo(
+        new_tokens=asked.new_tokens, num_prompts=asked.prompts, repeats=asked.repeats, compile=asked.compile,
+        device=asked.device, picture=asked.picture,
+    )  # fmt: skip
+
+
+def _zoo(asked: argparse.Namespace) -> int:
+    from autospec.zoo import main as zoo_main
+
+    return int(zoo_main(asked.rest) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -44,8 +44,26 @@ def pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
 
 
-def why_not(weight: Tensor) -> str | None:
-    """Why a weight cannot be packed, or None."""
+# Below this many multiplications oneDNN's fixed cost per call (13 us, against 3 us of aten.linear) outweighs its speed.
+_FEWEST_PRODUCTS = 50_000
+
+
+def lower_to_onednn() -> None:
+    """Teach Inductor to call oneDNN directly instead of through Python: 5 us less per layer."""
+    from torch._inductor import mkldnn_ir
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import lowerings, register_lowering
+
+    if linear in lowerings:
+        return
+
+    @register_lowering(linear, type_promotion_kind=None)
+    def _(x: Any, packed: Any, bias: Any) -> Any:
+        return TensorBox.create(mkldnn_ir.LinearUnary.create(x, packed, bias, "none", [], ""))
+
+
+def why_not(weight: Tensor, rows: int) -> str | None:
+    """Why a weight [O, I] that multiplies this many rows is better left as it is, or None."""
     if weight.device.type != "cpu":
         return "packed linear layers are for CPUs"
     if not torch.backends.mkldnn.is_available():
@@ -54,4 +72,6 @@ def why_not(weight: Tensor) -> str | None:
         return f"only float32 was measured, this weight is {weight.dtype}"
     if weight.dim() != 2:
         return f"the weight has {weight.dim()} dimensions"
+    if rows * weight.numel() < _FEWEST_PRODUCTS:
+        return f"{rows} rows of a {weight.shape[0]} x {weight.shape[1]} weight are too little work"
     return None

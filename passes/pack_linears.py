@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from autospec.ir.build import Builder, declare
-from autospec.ir.match import aten, calls
+from autospec.ir.match import aten, calls, operand
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.slots import Slot, slot_of
 from autospec.kernels.packed_linear import linear, why_not
@@ -30,10 +30,10 @@ class PackLinears(Pass):
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         count = 0
         for node in calls(module, aten.linear):
-            weight = node.args[1]
-            assert isinstance(weight, fx.Node)
+            weight = operand(node, 1)
             is_stored = weight.op == "placeholder" and slot_of(weight).kind == "weight"
-            reason = why_not(weight.meta["val"]) if is_stored else "the weight is computed, not stored"
+            rows = operand(node).meta["val"].numel() // weight.meta["val"].shape[-1]
+            reason = why_not(weight.meta["val"], rows) if is_stored else "the weight is computed, not stored"
             if reason is not None:
                 notes.refuse(node, reason)
                 continue

@@ -47,6 +47,7 @@ class Session:
             now = self.state["accept_counts"].tolist()
             deltas = [after - before for after, before in zip(now, counts, strict=True)]
             counts = now
+            assert deltas[0] > 0, "every row is finished on the device, but not for the host: they disagree about a stop"
             metrics.count(draft_len, deltas)
             if policy:
                 policy.observe(draft_len, deltas)
@@ -112,10 +113,10 @@ class Session:
             state[name].zero_()
         state["tree_parents"].fill_(-1)
         if "seen" in state:
-            seen = torch.zeros(state["seen"].shape, dtype=torch.bool)
-            for row, request in enumerate(requests):
-                seen[row, list(request.seen | set(request.prompt))] = True
-            state["seen"].copy_(seen)
+            width = state["seen"].shape[1]
+            seen = [_seen(request, width) for request in requests]
+            idle = [torch.zeros(width, dtype=torch.bool)] * (shape.batch_size - len(requests))
+            state["seen"].copy_(torch.stack(seen + idle))
 
     def _rows(self, requests: Sequence[Request]) -> list[Request | None]:
         shape = self.program.shape
@@ -141,10 +142,17 @@ class Session:
             taken = list(_take(request, tokens, ends))
             if taken and emit is not None:
                 emit(row, taken)
-            if request.is_done and request.should_stop is not None:
-                # The device does not know stop strings; nothing past the stop stays in its history.
-                self.state["finished"][row] = True
-                self.state["kv_lens"][row] = len(request.prompt) + len(request.output) - 1
+            if taken and request.is_done and request.should_stop is not None:
+                self._cut(row, request)
+
+    def _cut(self, row: int, request: Request) -> None:
+        """End a row at its last token: the device does not know stop strings, and keeps nothing past them."""
+        state, ids = self.state, request.prompt + request.output
+        state["finished"][row] = True
+        state["kv_lens"][row] = len(ids) - 1
+        state["tokens"][row, len(ids) :] = 0
+        if "seen" in state:
+            state["seen"][row] = _seen(request, state["seen"].shape[1])
 
 
 def _take(request: Request, tokens: list[int], ends: frozenset[int]) -> Iterator[int]:
@@ -153,6 +161,14 @@ def _take(request: Request, tokens: list[int], ends: frozenset[int]) -> Iterator
             return
         request.take(token, ends)
         yield token
+
+
+def _seen(request: Request, vocab_size: int) -> Tensor:
+    """The history that processors look at: bool [V]. Ids that are no tokens (some pad with -1) do not count."""
+    seen = torch.zeros(vocab_size, dtype=torch.bool)
+    ids = request.seen.union(request.prompt, request.output)
+    seen[[token for token in ids if 0 <= token < vocab_size]] = True
+    return seen
 
 
 _ROW_STATE = (

@@ -1,0 +1,1 @@
+"""Tiny models, programs and the laws themselves, shared by the tests."""

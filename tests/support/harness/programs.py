@@ -1,0 +1,199 @@
+"""Sessions over tiny programs, optionally with a planted bug, and scripted drafts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autospec.assemble import build_program
+from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculation
+from autospec.program import Program, Shape
+from autospec.runtime.metrics import Metrics
+from autospec.runtime.request import Request, SamplingParams
+from autospec.runtime.session import Session
+from harness.models import GREEDY, captured
+
+L = 4  # draft tokens of the widest step
+BATCH, LENGTH, PAGE, CHUNK = 4, 96, 8, 16
+
+# name -> configuration and the captured draft
+DRAFTERS: dict[str, tuple[Speculation, str | None]] = {
+    "plain": (None, None),
+    "ngram": (NGramConfig(max_draft_len=L, max_matching_ngram_size=3), None),
+    "auto": (AutoConfig((0, 2, L)), None),
+    "small": (DraftTargetConfig("small", L), "small"),
+    "near": (DraftTargetConfig("near", L), "near"),
+    "twin": (DraftTargetConfig("target", L), "target"),
+}
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A deliberate bug: `op` is replaced by `bug(op, graph name, *args)` in every graph of a program.
+
+    Args:
+        only: names of the graphs that get it; () for all.
+        owner: only nodes whose module metadata starts with it ("draft" for an external draft's).
+    """
+
+    name: str
+    op: str
+    bug: Callable[..., Any]
+    only: tuple[str, ...] = ()
+    owner: str | None = None
+
+    def apply(self, program: Program) -> int:
+        count = 0
+        for graph in program.graphs.values():
+            if self.only and not graph.name.startswith(self.only):
+                continue
+            assert graph.module is not None
+            for node in graph.module.graph.nodes:
+                if not _is(node, self.op) or (
+                    self.owner is not None and not str(node.meta.get("module")).startswith(self.owner)
+                ):
+                    continue
+                node.target = _named(functools.partial(self.bug, node.target), self.op)
+                count += 1
+            graph.module.recompile()
+        assert count, f"{self.name} found no {self.op} to break"
+        return count
+
+
+def _is(node: fx.Node, op: str) -> bool:
+    return node.op == "call_function" and getattr(node.target, "_opname", "") == op
+
+
+def _named(function: Any, name: str) -> Any:
+    """fx wants a callable with a name and a module."""
+    function.__name__, function.__module__ = f"planted_{name}", __name__
+    return function
+
+
+@dataclass
+class Workshop:
+    """Builds sessions and keeps them; with a plant, every program carries the bug."""
+
+    plant: Plant | None = None
+    prepare: Callable[[Session], None] | None = None  # a bug or a disturbance of the session itself
+    _sessions: dict[tuple[Any, ...], Session] = field(default_factory=dict)
+
+    def session(
+        self, drafter: str = "plain", *, target: str = "target", sampling: bool = False, batch: int = BATCH,
+        draft_len: int = L, page: int = PAGE, chunk: int = CHUNK,
+    ) -> Session:  # fmt: skip
+        key = (drafter, target, sampling, batch, draft_len, page, chunk)
+        if key not in self._sessions:
+            speculation, draft = DRAFTERS[drafter]
+            if drafter == "ngram" and draft_len != L:
+                speculation = NGramConfig(max_draft_len=draft_len, max_matching_ngram_size=3)
+            widest = 0 if speculation is None else draft_len
+            shape = Shape(batch, LENGTH, page, chunk, widest, sampling)
+            program = build_program(captured(target), captured(draft) if draft else None, speculation, shape, "eager")
+            if self.plant is not None:
+                self.plant.apply(program)
+            self._sessions[key] = Session(program)
+            if self.prepare is not None:
+                self.prepare(self._sessions[key])
+        return self._sessions[key]
+
+
+Script = Callable[[dict[str, Tensor]], None]  # writes the next draft into the state
+
+
+def run(
+    session: Session, requests: Sequence[Request], eos_ids: Sequence[int] = (), *, script: Script | None = None,
+    watch: Callable[[dict[str, Tensor]], None] | None = None,
+) -> Metrics:  # fmt: skip
+    """Session.run; `script` rewrites the draft before every step, `watch` sees the state after it."""
+    metrics = Metrics()
+    plain = dict(session.steps)
+
+    def scripted(step: Callable[[], object]) -> Callable[[], object]:
+        def call() -> object:
+            if script is not None:
+                script(session.state)
+            emitted = step()
+            if watch is not None:
+                watch(session.state)
+            return emitted
+
+        return call
+
+    session.step_seconds()
+    session.steps = {length: scripted(step) for length, step in plain.items()}
+    try:
+        session.run(requests, eos_ids, metrics)
+    finally:
+        session.steps = plain
+    return metrics
+
+
+@dataclass
+class MixedDraft:
+    """A drafter that knows the future: `accept(row, step)` true tokens, then noise; absent from `present` on.
+
+    Args:
+        futures: the full true sequence of each row, prompt included.
+        accept: how many drafts to get right.
+        present: how many nodes are present; None: all.
+    """
+
+    futures: Sequence[Sequence[int]]
+    accept: Callable[[int, int], int]
+    present: Callable[[int, int], int] | None = None
+    vocab: int = 64
+    keep: bool = False  # leave the drafter's own tokens where they are right, and only spoil what follows
+    step: int = 0
+    log: list[list[int]] = field(default_factory=list)  # per step, per row: how many drafts must be accepted
+
+    def __call__(self, state: dict[str, Tensor]) -> None:
+        width = state["draft_tokens"].shape[1] - 1
+        expected = []
+        for row, future in enumerate(self.futures):
+            root = int(state["kv_lens"][row])
+            right = min(self.accept(row, self.step), width)
+            shown = width if self.present is None else min(self.present(row, self.step), width)
+            limit = int(state["limits"][row])
+            for j in range(width):
+                slot = root + 1 + j
+                known = future[slot] if slot < len(future) else 0
+                if j >= right:
+                    state["draft_tokens"][row, 1 + j] = self._noise(future, root, right, j, known)
+                elif not self.keep:
+                    state["draft_tokens"][row, 1 + j] = known
+                state["tree_parents"][row, 1 + j] = j if j < shown and slot < limit else -1
+            expected.append(min(right, shown, max(0, limit - root - 1)))
+        self.step += 1
+        self.log.append(expected)
+
+    def _noise(self, future: Sequence[int], root: int, right: int, j: int, known: int) -> int:
+        """A wrong token; every other one behind the first wrong node is the token that was wanted there."""
+        rejected = root + 1 + right
+        if j > right and (self.step + j) % 2 and rejected < len(future):
+            return future[rejected]
+        return (known + 1 + (self.step + j) % (self.vocab - 1)) % self.vocab
+
+
+def requests_of(
+    prompts: Sequence[Sequence[int]], counts: int | Sequence[int], sampling: SamplingParams = GREEDY,
+    keys: Sequence[int] | None = None,
+) -> list[Request]:  # fmt: skip
+    """One request per prompt; row keys are 1000 + row unless given."""
+    many = [counts] * len(prompts) if isinstance(counts, int) else counts
+    keys = keys or [1000 + row for row in range(len(prompts))]
+    return [
+        Request(list(prompt), count, sampling, key, frozenset(prompt))
+        for prompt, count, key in zip(prompts, many, keys, strict=True)
+    ]
+
+
+def prompts_of(seed: int, lengths: Sequence[int], vocab: int = 64) -> list[list[int]]:
+    """Random prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in lengths]

@@ -17,7 +17,8 @@ from autospec.config import Speculation
 from autospec.ir.match import calls
 from autospec.ir.passes import PassRecord
 from autospec.ir.runner import run_stages
-from autospec.ir.slots import Slot
+from autospec.ir.sizes import constants_of
+from autospec.ir.slots import Slot, slots
 from autospec.kernels.attention import attention
 from autospec.kernels.packed_linear import pack
 from autospec.legality import check_captured
@@ -34,8 +35,12 @@ def capture_model(model: Any, name: str = "target") -> CapturedModel:
     records = run_stages(
         exported.graph, pipeline.understand(limit), graph_name=f"{name}.capture", debug=debug.options()
     )
-    check_captured(model, exported.graph, exported.weights, exported.attention_calls)
-    return CapturedModel(exported.graph, exported.weights, _facts(model, exported.graph, limit), tuple(records))
+    weights = exported.weights | constants_of(exported.graph)
+    used = {slot.name for slot in slots(exported.graph)}
+    weights = {name: tensor for name, tensor in weights.items() if name in used}
+    refused = [refusal for record in records for refusal in record.refusals if record.name == "recognize-attention"]
+    check_captured(model, exported.graph, weights, refused)
+    return CapturedModel(exported.graph, weights, _facts(model, exported.graph, limit), tuple(records))
 
 
 def _facts(model: Any, graph: fx.GraphModule, max_positions: int) -> ModelFacts:

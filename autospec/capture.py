@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autospec.errors import AutospecError, CaptureError
+from autospec.errors import CaptureError
+from autospec.ir.match import calls
+from autospec.ir.sizes import constants_of
 from autospec.ir.slots import Slot, assign_slot
 from autospec.kernels.attention import attention
-from autospec.masks import MaskSpec, mask_row, spec_of_rows
+from autospec.masks import MaskSpec, UnknownMask, mask_row, spec_of_rows
 
 INTERFACE = "autospec"
 EXAMPLE_SHAPE = (2, 11)
@@ -40,7 +42,7 @@ class _Recorder:
     """Mask specs in the order in which the model asked for masks, and the number of attention calls."""
 
     max_positions: int
-    specs: list[MaskSpec] = field(default_factory=list)
+    specs: list[MaskSpec | UnknownMask] = field(default_factory=list)
     attention_calls: int = 0
     masks_asked: int = 0
     replaying: bool = False
@@ -49,7 +51,7 @@ class _Recorder:
 _recorder: _Recorder | None = None
 
 
-def _mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> MaskSpec:
+def _mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> MaskSpec | UnknownMask:
     """The mask function of the interface: evaluated in the recording run, replayed under export."""
     assert _recorder is not None, "the autospec mask interface was called outside capture"
     if _recorder.replaying:
@@ -58,21 +60,16 @@ def _mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None =
         spec = _recorder.specs[_recorder.masks_asked]
         _recorder.masks_asked += 1
         return spec
-    if attention_mask is not None:
-        raise CaptureError("the model builds an attention mask from data", help="mask tensors are not supported yet")
-    try:
-        found = spec_of_rows(mask_row(mask_function), _recorder.max_positions)
-    except AutospecError:
-        raise
-    except Exception as error:
-        found = f"it cannot be evaluated ({type(error).__name__}: {error})"
-    if isinstance(found, str):
-        raise CaptureError(
-            f"the attention mask is neither causal, windowed nor chunked: {found}",
-            help="encoders, prefix masks and masks made of data cannot be decoded step by step",
-        )
-    _recorder.specs.append(found)
-    return found
+    found: MaskSpec | str
+    if attention_mask is not None and not bool(attention_mask.all()):
+        found = "it is made of data"
+    else:
+        try:
+            found = spec_of_rows(mask_row(mask_function), _recorder.max_positions)
+        except Exception as error:
+            found = f"it cannot be evaluated ({type(error).__name__}: {error})"
+    _recorder.specs.append(UnknownMask(found) if isinstance(found, str) else found)
+    return _recorder.specs[-1]
 
 
 def _attention(
@@ -91,6 +88,8 @@ def _attention(
         is_causal = getattr(module, "is_causal", True)
     if attention_mask is None and is_causal:
         attention_mask = MaskSpec()
+    if isinstance(attention_mask, UnknownMask):
+        raise attention_mask.error(where)
     if not isinstance(attention_mask, MaskSpec):
         what = "no mask and is not causal" if attention_mask is None else "a mask made of data"
         raise CaptureError(f"attention has {what}", where=where, help="only causal, windowed and chunked masks are known")
@@ -199,10 +198,24 @@ def example_inputs(model: Any, shape: tuple[int, int], seed: int) -> tuple[Tenso
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab_size, shape, generator=generator)
     reserved = {getattr(text_config(model), "pad_token_id", None)}
-    for token in reserved - {None}:
-        ids = torch.where(ids == token, (ids + 1) % vocab_size, ids)
+    for token in (token for token in reserved if token is not None):
+        ids = torch.where(ids.eq(token), (ids + 1) % vocab_size, ids)
     device = next(model.parameters()).device
     return ids.to(device), torch.arange(shape[1]).expand(shape).contiguous().to(device)
+
+
+def reserved_tokens(model: Any, shape: tuple[int, int]) -> Tensor:
+    """Token ids that models may treat apart: padding everywhere, among the first and last ids of the vocabulary."""
+    config = text_config(model)
+    vocab_size = int(config.vocab_size)
+    ids = torch.arange(shape[0] * shape[1]).reshape(shape) % vocab_size
+    ids[:, 1::2] = vocab_size - 1 - ids[:, 1::2]
+    for column, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id"), start=2):
+        token = getattr(config, name, None)
+        token = token[0] if isinstance(token, (list, tuple)) and token else token
+        if isinstance(token, int) and 0 <= token < vocab_size:
+            ids[:, column::5] = token
+    return ids.to(next(model.parameters()).device)
 
 
 def export_model(model: Any) -> Exported:
@@ -210,12 +223,18 @@ def export_model(model: Any) -> Exported:
     global _recorder
     wrapped = _Logits(model).eval()
     inputs = example_inputs(model, EXAMPLE_SHAPE, seed=1)
-    _recorder = _Recorder(max_positions_of(model))
     name = type(model).__name__
     try:
         with through_interfaces(model) as routed, torch.no_grad():
+            _recorder = recorded = _Recorder(max_positions_of(model))
             wrapped(*inputs)
-            calls = _recorder.attention_calls
+            _recorder = again = _Recorder(max_positions_of(model))
+            wrapped(reserved_tokens(model, EXAMPLE_SHAPE), inputs[1])
+            if recorded.specs != again.specs or recorded.attention_calls != again.attention_calls:
+                raise CaptureError("the attention masks depend on which tokens are read", where=name,
+                                   help="a mask made of data cannot be decoded step by step")  # fmt: skip
+            count = recorded.attention_calls
+            _recorder = recorded
             _recorder.replaying = True
             dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
             exported = torch.export.export(wrapped, inputs, dynamic_shapes=(dims, dims), strict=False)
@@ -235,7 +254,13 @@ def export_model(model: Any) -> Exported:
     finally:
         _recorder = None
     graph, weights = _with_slots(exported, name)
-    return Exported(graph, weights, calls, routed)
+    found = len(list(calls(graph, attention)))
+    if found != count:
+        raise CaptureError(
+            f"the model calls attention {count} times, but its graph has {found} calls", where=name,
+            help="its Python code takes another path under export than in an eager run",
+        )  # fmt: skip
+    return Exported(graph, weights, count, routed)
 
 
 def _capture_error_in(error: BaseException) -> CaptureError | None:
@@ -253,8 +278,8 @@ def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.G
     if signature.buffers_to_mutate:
         changed = next(iter(signature.buffers_to_mutate.values()))
         raise CaptureError(f"the model writes to its own buffer {changed} while it runs", where=name)
-    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    named |= signature.inputs_to_lifted_tensor_constants
+    fixed = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    named = {**signature.inputs_to_parameters, **fixed}
     module = fx.GraphModule(torch.nn.Module(), exported.graph)
     weights: dict[str, Tensor] = {}
     by_storage: dict[tuple[Any, ...], fx.Node] = {}
@@ -291,6 +316,8 @@ def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.G
         by_storage[key] = node
         short = full_name.removeprefix("model.")
         weights[short] = tensor
+        if node.name in fixed:
+            constants_of(module)[short] = tensor
         assign_slot(node, Slot("weight", short, tuple(tensor.shape), tensor.dtype))
     _drop_checks(module)
     module.graph.eliminate_dead_code()

@@ -1,8 +1,8 @@
-"""Is decoding this graph step by step the same as running the model? Four checks, each a reason for refusal."""
+"""Is decoding this graph step by step the same as running the model? Every check is a reason for refusal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from autospec.capture import eager_logits, example_inputs
 from autospec.errors import CaptureError
 from autospec.ir.match import calls
+from autospec.ir.passes import Refusal
 from autospec.ir.slots import slot_of
 from autospec.kernels.attention import attention
 
@@ -50,19 +51,24 @@ def _token_local(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> 
     return (v.repeat_interleave(group, dim=1) * (1 + own)).transpose(1, 2).contiguous()
 
 
-def check_captured(model: Any, graph: fx.GraphModule, weights: dict[str, Tensor], expected_calls: int) -> None:
+def check_captured(
+    model: Any, graph: fx.GraphModule, weights: dict[str, Tensor], unrecognised: Sequence[Refusal] = ()
+) -> None:
     """Raise CaptureError unless the graph may be decoded step by step.
 
     Args:
         model: the Hugging Face module, in the state the user gave it.
-        graph, weights: what was exported from it, with every attention call recognised.
-        expected_calls: attention calls counted in an eager run through the interface; 0 where it was not used.
+        graph, weights: what was exported from it, with its attention recognised.
+        unrecognised: what looked like attention and was left alone, with the reasons.
     """
     name = type(model).__name__
-    found = len(list(calls(graph, attention)))
-    if expected_calls and found != expected_calls:
-        raise CaptureError(f"the model calls attention {expected_calls} times, but its graph has {found}", where=name)
-    if found == 0:
+    if unrecognised:
+        first = unrecognised[0]
+        raise CaptureError(
+            f"attention was not recognised: {first.reason}", at=first.line, where=f"{name} {first.module}".strip(),
+            help="only causal, windowed and chunked self-attention can be decoded by pages",
+        )  # fmt: skip
+    if next(calls(graph, attention), None) is None:
         raise CaptureError("no attention was found in the model's graph", where=name,
                            help="recurrent and state-space models need state roll-back, which is not supported yet")  # fmt: skip
     for shape in ((3, 7), (1, 13)):

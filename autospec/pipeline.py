@@ -10,6 +10,7 @@ from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculat
 from autospec.debug import disabled_kernels
 from autospec.ir.passes import Pass, Stage
 from autospec.passes.attach_draft_model import AttachDraftModel
+from autospec.passes.bind_positions import BindPositions
 from autospec.passes.fold_noops import FoldNoops
 from autospec.passes.fuse_linears import FuseLinears
 from autospec.passes.gather_logits import GatherLogits
@@ -39,7 +40,7 @@ class DraftParts:
 
 def understand(max_positions: int) -> list[Stage]:
     """From an exported graph to canonical ops and roles."""
-    return [Stage("understand", [RecognizeAttention(max_positions=max_positions), TagRoles()])]
+    return [Stage("understand", [RecognizeAttention(max_positions=max_positions), BindPositions(), TagRoles()])]
 
 
 def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False) -> list[Stage]:

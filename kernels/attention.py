@@ -11,11 +11,15 @@ from torch import Tensor
 from autospec.kernels.registry import kernel_op
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | None, scale: float, softcap: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | None, scale: float, softcap: float,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Grouped-query attention with an explicit mask; the arithmetic shared by every attention reference.
 
     q [B, N, Hq, D]; k [B, T, Hkv, D]; v [B, T, Hkv, Dv]; visible bool, broadcastable to [B, N, T];
-    sinks [Hq], one extra logit per head that takes probability and gives nothing. -> [B, N, Hq, Dv].
+    sinks [Hq], one extra logit per head that takes probability and gives nothing; bias float32, broadcastable to
+    [B, Hq, N, T], added to the scores behind scale and softcap. -> [B, N, Hq, Dv].
     """
     batch, q_len, q_heads, _ = q.shape
     kv_heads, v_dim = k.shape[2], v.shape[3]
@@ -24,12 +28,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | Non
     rows = q.reshape(batch, q_len, kv_heads, group, q.shape[3]).permute(0, 2, 1, 3, 4).reshape(batch, kv_heads, q_len * group, -1)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     mask = visible[:, None, :, None, :].expand(-1, -1, -1, group, -1).reshape(visible.shape[0], 1, q_len * group, -1)
+    if bias is not None:
+        shape = (batch, kv_heads, group, q_len, k.shape[1])
+        bias = bias.expand(batch, q_heads, q_len, -1).reshape(shape).transpose(2, 3).reshape(batch, kv_heads, q_len * group, -1)
+        if softcap == 0.0 and sinks is None:
+            mask = torch.where(mask, bias, float("-inf")).to(q.dtype)
     if softcap == 0.0 and sinks is None:
         out = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     else:
         scores = torch.matmul(rows, keys.transpose(-1, -2)).float() * scale
         if softcap != 0.0:
             scores = torch.tanh(scores / softcap) * softcap
+        if bias is not None:
+            scores = scores + bias
         scores = scores.masked_fill(~mask, float("-inf"))
         if sinks is not None:
             extra = sinks.float().reshape(1, kv_heads, 1, group).expand(batch, -1, q_len, -1).reshape(batch, kv_heads, -1, 1)
@@ -42,7 +53,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | Non
 
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, scale: float = 1.0, window: int = 0, chunk: int = 0,
-    softcap: float = 0.0,
+    softcap: float = 0.0, alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
@@ -50,15 +61,23 @@ def _fake(
 @kernel_op(fake=_fake)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, scale: float = 1.0, window: int = 0, chunk: int = 0,
-    softcap: float = 0.0,
+    softcap: float = 0.0, alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention; `window` > 0 sees the last `window` positions, `chunk` > 0 only its own chunk, self included.
 
     q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], sinks [Hq] -> [B, S, Hq, Dv], dtype of q.
+    alibi_slopes [Hq] float32: each head adds its slope times (key position - query position) to its scores.
     """
     slots = torch.arange(q.shape[2], device=q.device)
     visible = see(slots[:, None], slots[None, :], window, chunk)[None]
-    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible, sinks, scale, softcap)
+    bias = None if alibi_slopes is None else alibi_bias(alibi_slopes, slots[None, :], slots[None, :])
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible, sinks, scale, softcap, bias)
+
+
+def alibi_bias(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """slopes [Hq], query positions [B, N], key positions [B, T] -> bias [B, Hq, N, T] float32."""
+    distance = (key[:, None, :] - query[:, :, None]).float()
+    return slopes.float()[None, :, None, None] * distance[:, None]
 
 
 def see(query: Tensor, key: Tensor, window: int, chunk: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autospec.kernels.attention import attend, see
+from autospec.kernels.attention import alibi_bias, attend, see
 from autospec.kernels.launch import jit, multiprocessors, no_gpu, power_of_2, rows_of, tl, wrap_triton
 from autospec.kernels.registry import kernel_op
 
@@ -28,37 +28,45 @@ def unpack_tree_mask(tree_mask: Tensor, q_len: int) -> Tensor:
     return ((words >> (node % 32).to(torch.int32)) & 1).bool()
 
 
-def visible_slots(
-    kv_lens: Tensor, q_len: int, num_slots: int, window: int, chunk: int, tree_mask: Tensor | None
-) -> Tensor:
-    """Which of a request's slots each of its nodes sees: bool [B, N, num_slots]."""
+def slot_positions(
+    kv_lens: Tensor, q_len: int, num_slots: int, tree_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Positions of the nodes [B, N] and of what the slots hold [B, num_slots], and which slots a tree links, or None."""
     committed = kv_lens.long()[:, None]
     slot = torch.arange(num_slots, device=kv_lens.device)[None, :]
     if tree_mask is None:
-        query = committed + torch.arange(q_len, device=kv_lens.device)[None, :]
-        return see(query[:, :, None], slot[:, None, :], window, chunk)
+        return committed + torch.arange(q_len, device=kv_lens.device)[None, :], slot, None
     among_nodes = unpack_tree_mask(tree_mask, q_len)
     depth = among_nodes.sum(-1) - 1
-    query = committed + depth
     node = slot - committed  # which node a slot holds; negative: committed
     is_node = (node >= 0) & (node < q_len)
     node = node.clamp(0, q_len - 1)
     position = torch.where(is_node, committed + depth.gather(1, node), slot)
     linked = among_nodes.gather(2, node[:, None, :].expand(-1, q_len, -1))
     allowed = torch.where(is_node[:, None, :], linked, slot[:, None, :] < committed[:, :, None])
-    return allowed & see(query[:, :, None], position[:, None, :], window, chunk)
+    return committed + depth, position, allowed
+
+
+def visible_slots(
+    kv_lens: Tensor, q_len: int, num_slots: int, window: int, chunk: int, tree_mask: Tensor | None
+) -> Tensor:
+    """Which of a request's slots each of its nodes sees: bool [B, N, num_slots]."""
+    query, position, allowed = slot_positions(kv_lens, q_len, num_slots, tree_mask)
+    visible = see(query[:, :, None], position[:, None, :], window, chunk)
+    return visible if allowed is None else allowed & visible
 
 
 @kernel_op()
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_lens: Tensor, q_lens: Tensor | None = None,
     tree_mask: Tensor | None = None, sinks: Tensor | None = None, scale: float = 1.0, window: int = 0, chunk: int = 0,
-    softcap: float = 0.0,
+    softcap: float = 0.0, alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """q [B, N, Hq, D] -> [B, N, Hq, Dv] in q's dtype.
 
     q_lens [B] int32: valid rows per request, the rest is padding whose result is unspecified (None: all are valid);
-    tree_mask [B, N, ceil(N/32)] int32; sinks [Hq]; window, chunk, softcap 0 for none.
+    tree_mask [B, N, ceil(N/32)] int32; sinks [Hq]; window, chunk, softcap 0 for none;
+    alibi_slopes [Hq]: each head adds its slope times (key position - query position) to its scores.
     """
     batch, q_len = q.shape[:2]
     max_pages, page_size = page_table.shape[1], k_pages.shape[1]
@@ -67,7 +75,11 @@ def paged_attention(
     k = k_pages.index_select(0, pages).reshape(batch, num_slots, *k_pages.shape[2:])
     v = v_pages.index_select(0, pages).reshape(batch, num_slots, *v_pages.shape[2:])
     visible = visible_slots(kv_lens, q_len, num_slots, window, chunk, tree_mask)
-    return attend(q, k, v, visible, sinks, scale, softcap)
+    bias = None
+    if alibi_slopes is not None:
+        query, position, _ = slot_positions(kv_lens, q_len, num_slots, tree_mask)
+        bias = alibi_bias(alibi_slopes, query, position)
+    return attend(q, k, v, visible, sinks, scale, softcap, bias)
 
 
 def why_not_triton(args: Mapping[str, Any]) -> str | None:
@@ -81,6 +93,8 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
         return f"head dims {q.shape[3]} and {v_pages.shape[3]} do not fit a tile of 512"
     if k_pages.stride(3) != 1 or v_pages.stride(3) != 1:
         return "the rows of the pages are not dense"
+    if args["alibi_slopes"] is not None:
+        return "ALiBi slopes are not supported"
     return no_gpu(args)
 
 
@@ -327,7 +341,7 @@ def attend_pages(
 def paged_attention_triton(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_lens: Tensor, q_lens: Tensor | None = None,
     tree_mask: Tensor | None = None, sinks: Tensor | None = None, scale: float = 1.0, window: int = 0, chunk: int = 0,
-    softcap: float = 0.0,
+    softcap: float = 0.0, alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Flash attention over the pages, split over the slots where the batch is small, then combined."""
     tile = choose_tile(q, k_pages, v_pages, page_table)

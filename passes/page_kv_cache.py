@@ -60,7 +60,8 @@ class PageKvCache(Pass):
                 builder.call(append_kv, *rows, *pages, page_table, kv_lens)
                 shared[k, v] = (pages[0], pages[1])
             queries = builder.call(aten.transpose.int, q, 1, 2)
-            options = {name: argument(node, name) for name in ("sinks", "scale", "window", "chunk", "softcap")}
+            names = ("sinks", "scale", "window", "chunk", "softcap", "alibi_slopes")
+            options = {name: argument(node, name) for name in names}
             paged = builder.call(paged_attention, queries, *shared[k, v], page_table, kv_lens, **options)
             paged.meta.update({key: node.meta[key] for key in ("role", "layer") if key in node.meta})
             node.replace_all_uses_with(paged)

@@ -47,6 +47,7 @@ ARGUMENTS = {
     "pages": lambda: [torch.randn(1 + B * PAGES, P, HKV, D) for _ in range(3)],
     "page_table": lambda: (1 + torch.arange(B * PAGES, dtype=torch.int32)).reshape(B, PAGES),
     "sinks": lambda: torch.randn(HQ), "scale": lambda: 0.3, "window": lambda: 6, "chunk": lambda: 4, "softcap": lambda: 5.0,
+    "alibi_slopes": lambda: torch.linspace(0.1, 0.5, HQ),
     "max_draft_len": lambda: L, "max_matching_ngram_size": lambda: 3, "is_use_oldest": lambda: False,
     "max_position": lambda: 30, "q_len": lambda: N, "count": lambda: 3, "first_node": lambda: 0,
 }

@@ -1,0 +1,117 @@
+"""Evaluating the part of a captured graph that depends on sizes and positions only: masks and position biases.
+
+Such a node has no token and no parameter among its ancestors. It is run concretely for a batch and a length, with
+position_ids = 0 ... length-1, which is what decoding means by positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from autospec.ir.slots import slot_of
+
+_HUGE = 1 << 31  # "to the end" in slices
+
+
+def constants_of(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Buffers and lifted constants of a captured graph by slot name; passes may add weights of their own."""
+    found: dict[str, torch.Tensor] = module.meta.setdefault("constants", {})
+    return found
+
+
+def ancestors(node: fx.Node) -> Iterator[fx.Node]:
+    """The node and everything it is computed from; sizes count as leaves."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        yield current
+        if isinstance(current.meta.get("val"), torch.SymInt):
+            continue
+        for source in current.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                waiting.append(source)
+
+
+def why_not_sizes_only(module: fx.GraphModule, value: Any) -> str | None:
+    """None if a value depends on sizes, positions and buffers only, else a sentence."""
+    if not isinstance(value, fx.Node):
+        return None
+    for node in ancestors(value):
+        if node.op != "placeholder":
+            continue
+        slot = slot_of(node)
+        if slot.kind == "input" and slot.name != "position_ids":
+            return f"it depends on {slot.name}"
+        if slot.kind == "weight" and slot.name not in constants_of(module):
+            return f"it depends on the parameter {slot.name}"
+    return None
+
+
+def largest_constant(module: fx.GraphModule, values: list[Any]) -> int:
+    """The largest integer that the computation of these values mentions: no threshold in a mask can lie beyond it."""
+    largest = 0
+    for value in values:
+        for node in ancestors(value) if isinstance(value, fx.Node) else ():
+            if node.op == "placeholder" and slot_of(node).kind == "weight":
+                tensor = constants_of(module)[slot_of(node).name]
+                sizes = [*tensor.shape]
+                if not tensor.is_floating_point() and tensor.dtype != torch.bool and 0 < tensor.numel() <= 64:
+                    sizes += [int(tensor.abs().max())]
+                largest = max([largest, *sizes])
+            elif node.op == "call_function":
+                leaves = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
+                numbers = [abs(leaf) for leaf in leaves if isinstance(leaf, int) and abs(leaf) < _HUGE]
+                largest = max([largest, *numbers])
+    return largest
+
+
+class Evaluator:
+    """Concrete values of size-only nodes at one batch and length."""
+
+    def __init__(self, module: fx.GraphModule, batch: int, length: int) -> None:
+        self.module, self.batch, self.length = module, batch, length
+        self.values: dict[fx.Node, Any] = {}
+        self.symbols: dict[Any, int] = {}
+        for node in module.graph.find_nodes(op="placeholder"):
+            if slot_of(node).kind == "input":
+                for size, number in zip(node.meta["val"].shape, (batch, length), strict=True):
+                    self.symbols[size.node.expr] = number
+
+    def value(self, argument: Any) -> Any:
+        """A number, tensor or nested argument with every node replaced by its concrete value."""
+        return fx.map_arg(argument, self._node)
+
+    def size(self, value: Any) -> int:
+        """A symbolic size as a number."""
+        return int(value.node.expr.subs(self.symbols)) if isinstance(value, torch.SymInt) else int(value)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The concrete shape of any tensor of the graph."""
+        return tuple(self.size(size) for size in node.meta["val"].shape)
+
+    def _node(self, node: fx.Node) -> Any:
+        if node not in self.values:
+            # Ancestors first, in graph order, so that deep graphs do not recurse.
+            needed = set(ancestors(node))
+            for current in self.module.graph.nodes:
+                if current in needed and current not in self.values:
+                    self.values[current] = self._compute(current)
+        return self.values[node]
+
+    def _compute(self, node: fx.Node) -> Any:
+        known = node.meta.get("val")
+        if isinstance(known, torch.SymInt):
+            return self.size(known)
+        if node.op == "placeholder":
+            slot = slot_of(node)
+            if slot.kind == "input":
+                return torch.arange(self.length, device=node.meta["val"].device).expand(self.batch, -1).contiguous()
+            return constants_of(self.module)[slot.name]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]

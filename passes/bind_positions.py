@@ -1,0 +1,164 @@
+"""Positions that a model counts itself, 0 to length - 1, become the positions that decoding hands it.
+
+    %a = aten.arange(%s)                         %p = aten.add(%position_ids, 2)
+    %b = aten.add(%a, 2)                   ->
+    %e = aten.embedding(%w, %b)                  %e = aten.embedding(%w, %p)
+
+Legal: the replaced tensor is an integer made of sizes alone whose values at several sizes are c + 0, 1, ... along the
+length; position_ids are 0, 1, ... wherever the model counts itself. What it is used for keeps its shape or gains the
+batch dimension. That nothing else counts positions is what the split-invariance probe of capture holds.
+Gives up on: positions that meet other tensors in a shape that a batch of positions does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from autospec.ir.match import aten, is_call
+from autospec.ir.passes import Notes, Pass
+from autospec.ir.sizes import Evaluator, constants_of
+from autospec.ir.slots import find_slot, slot_of
+
+_SIZES = ((2, 5), (3, 17))  # batch and length at which values are compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class BindPositions(Pass):
+    """Replace counted positions by position_ids."""
+
+    name = "bind-positions"
+
+    def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        position_ids = find_slot(module, "position_ids")
+        input_ids = find_slot(module, "input_ids")
+        if position_ids is None or input_ids is None:
+            return 0
+        count = 0
+        for node, offset in list(_counted(module)):
+            if not position_ids.users:
+                position_ids.meta["val"] = input_ids.meta["val"]
+            lifted = _lift(node, position_ids.meta["val"])
+            if isinstance(lifted, str):
+                notes.refuse(node, lifted)
+                continue
+            _replace(module, node, position_ids, offset, lifted)
+            count += 1
+        return count
+
+
+def _counted(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int]]:
+    """Integer nodes [S], [1, S] or [B, S] that count positions from an offset and meet tokens or parameters."""
+    evaluators = [Evaluator(module, batch, length) for batch, length in _SIZES]
+    is_plain: dict[fx.Node, bool] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            is_plain[node] = slot_of(node).name in constants_of(module)
+        else:
+            is_size = isinstance(node.meta.get("val"), torch.SymInt)
+            is_plain[node] = node.op == "call_function" and (is_size or all(is_plain[n] for n in node.all_input_nodes))
+    waiting = [
+        source
+        for node in module.graph.nodes
+        if not is_plain[node]
+        for source in node.all_input_nodes
+        if is_plain[source] and _is_tensor(source)
+    ]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        offset = _offset(node, evaluators)
+        if offset is not None:
+            yield node, offset
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen and is_plain[source] and _is_tensor(source):
+                seen.add(source)
+                waiting.append(source)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _offset(node: fx.Node, evaluators: list[Evaluator]) -> int | None:
+    """c if the node's value is c + 0, 1, ... along its last dimension at every size."""
+    value = node.meta["val"]
+    if value.dtype not in (torch.int64, torch.int32) or value.dim() not in (1, 2):
+        return None
+    offsets = set()
+    for evaluator in evaluators:
+        batch, length = evaluator.batch, evaluator.length
+        if evaluator.shape(node) not in ((length,), (1, length), (batch, length)):
+            return None
+        found = evaluator.value(node)
+        offsets.add(int(found.flatten()[0]))
+        if not bool((found - found.flatten()[0] == torch.arange(length, device=found.device)).all()):
+            return None
+    return offsets.pop() if len(offsets) == 1 else None
+
+
+def _lift(node: fx.Node, positions: torch.Tensor) -> dict[fx.Node, Any] | str:
+    """New metadata of every node behind `node` once that is [B, S], up to where shapes are what they were."""
+    lifted: dict[fx.Node, Any] = {node: positions.to(node.meta["val"].dtype)}
+    for user in _behind(node):
+        if user.op == "output":
+            if any(source in lifted for source in user.all_input_nodes):
+                return "the output would change its shape"
+            continue
+        if not any(source in lifted for source in user.all_input_nodes):
+            continue
+        if _adds_batch(user, lifted):
+            lifted[user] = lifted[user.args[0]]  # type: ignore[index]
+            continue
+        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: lifted.get(n, n.meta["val"]))
+        try:
+            with torch.no_grad():
+                value = user.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:
+            return f"%{user.name} does not take a batch of positions ({type(error).__name__})"
+        if not isinstance(value, torch.Tensor) or str(tuple(value.shape)) != str(tuple(user.meta["val"].shape)):
+            lifted[user] = value
+    return lifted
+
+
+def _behind(node: fx.Node) -> Iterator[fx.Node]:
+    following = node.next
+    while following.op != "root":
+        yield following
+        following = following.next
+
+
+def _adds_batch(node: fx.Node, lifted: dict[fx.Node, Any]) -> bool:
+    """unsqueeze(x, 0) of a vector of positions that has its batch dimension now."""
+    source = node.args[0] if node.args else None
+    return (
+        is_call(node, aten.unsqueeze) and node.args[1] in (0, -2) and isinstance(source, fx.Node) and source in lifted
+        and source.meta["val"].dim() == 1
+    )  # fmt: skip
+
+
+def _replace(
+    module: fx.GraphModule, node: fx.Node, position_ids: fx.Node, offset: int, lifted: dict[fx.Node, Any]
+) -> None:
+    with module.graph.inserting_after(node):
+        found = module.graph.call_function(aten.add.Tensor, (position_ids, offset))
+    found.meta.update(val=position_ids.meta["val"] + offset, module=node.meta.get("module", ""))
+    if node.meta["val"].dtype != found.meta["val"].dtype:
+        with module.graph.inserting_after(found):
+            cast = module.graph.call_function(aten._to_copy.default, (found,), {"dtype": node.meta["val"].dtype})
+        cast.meta.update(val=lifted[node], module=found.meta["module"])
+        found = cast
+    for user in [behind for behind in lifted if _adds_batch(behind, lifted)]:
+        user.replace_all_uses_with(user.args[0])  # type: ignore[arg-type]
+        module.graph.erase_node(user)
+        del lifted[user]
+    for behind, value in lifted.items():
+        if behind is not node:
+            behind.meta["val"] = value
+    node.replace_all_uses_with(found)
+    module.graph.erase_node(node)

@@ -93,9 +93,7 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
         return f"head dims {q.shape[3]} and {v_pages.shape[3]} do not fit a tile of 512"
     if k_pages.stride(3) != 1 or v_pages.stride(3) != 1:
         return "the rows of the pages are not dense"
-    if args["alibi_slopes"] is not None:
-        return "ALiBi slopes are not supported"
-    return no_gpu(args)
+    return no_gpu(args) or (None if args["alibi_slopes"] is None else "ALiBi slopes are not supported")
 
 
 @dataclass(frozen=True)

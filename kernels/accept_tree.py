@@ -6,11 +6,14 @@ the bonus token. If two children carry it, the lower index is followed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from autospec.kernels.launch import jit, no_gpu, power_of_2, tl, wrap_triton
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
 
 
 @kernel_op()
@@ -82,3 +85,21 @@ def accept_tree_triton(
         MAX_DRAFT_LEN=max_draft_len, BLOCK_N=power_of_2(q_len), num_warps=1 if q_len <= 64 else 4,
     )
     return accept_length, accept_path, bonus_token
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """Random trees over two tokens, so that paths are accepted."""
+    for batch, q_len, depth in ((1, 64, 8), (64, 8, 7)):
+        below = torch.arange(1, q_len, device=device)
+        parents = (torch.rand(batch, q_len - 1, device=device) * below).int()
+        tree_parents = torch.nn.functional.pad(parents, (1, 0), value=-1)
+        draft, target = (torch.randint(0, 2, (batch, q_len), device=device) for _ in range(2))
+        args = target, draft, tree_parents, depth
+
+        def mine(args=args) -> tuple[Tensor, ...]:
+            return accept_tree_triton(*args)
+
+        def reference(args=args) -> tuple[Tensor, ...]:
+            return accept_tree.reference(*args)
+
+        yield measure("accept_tree", f"{batch} x {q_len}, depth {depth}", mine, reference, batch * q_len * 20)

@@ -7,7 +7,7 @@ Physical page 0 is scratch: a slot without a page, or past the table, lands ther
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autospec.kernels.launch import jit, no_gpu, power_of_2, rows_of, tl, wrap_triton
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
 
 
 def slot_pages(kv_lens: Tensor, q_len: int, page_table: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -81,3 +82,24 @@ def append_kv_triton(
         H=heads, D=head_dim, DV=v_dim, PAGE=k_pages.shape[1],
         BLOCK_H=power_of_2(heads), BLOCK_D=power_of_2(head_dim), BLOCK_DV=power_of_2(v_dim),
     )
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """One layer of 8 heads of 128."""
+    for batch, q_len in ((1, 1), (1, 64), (64, 8)):
+        k, v = (torch.randn(batch, q_len, 8, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
+        shape = 1 + batch * 8, 64, 8, 128
+        k_pages, v_pages = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+        page_table = (1 + torch.randperm(batch * 8, device=device)).reshape(batch, 8).int()
+        kv_lens = torch.randint(0, 512 - q_len, (batch,), device=device, dtype=torch.int32)
+        pages = [k_pages.clone(), v_pages.clone()]
+
+        def mine(k=k, v=v, pages=pages, page_table=page_table, kv_lens=kv_lens) -> list[Tensor]:
+            append_kv_triton(k, v, *pages, page_table, kv_lens)
+            return pages
+
+        def reference(k=k, v=v, pages=(k_pages, v_pages), page_table=page_table, kv_lens=kv_lens) -> list[Tensor]:
+            append_kv.reference(k, v, *pages, page_table, kv_lens)
+            return list(pages)
+
+        yield measure("append_kv", f"{batch} x {q_len}", mine, reference, 4 * k.nbytes)

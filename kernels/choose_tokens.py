@@ -9,12 +9,15 @@ its own logits, so a draft model equal to the target agrees with it at every tem
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from autospec.kernels.launch import jit, no_gpu, power_of_2, rows_of, tl, wrap_triton
 from autospec.kernels.noise import block_gumbel, gumbel
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
 from autospec.kernels.tree_tables import ancestors
 
 
@@ -214,7 +217,7 @@ def find_cutoffs(
     p_best, p_floor, p_first,
     stride_lb, stride_lr, vocab_size, q_len, first_node, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
-    """What the filters leave of a row: its best score, the lowest score kept (as `ordered`) and the first of its ties."""
+    """What the filters leave of a row: the best score, the lowest one kept (as `ordered`) and the first of its ties."""
     i_r = tl.program_id(0)
     i_b, i_n = i_r // ROWS, first_node + i_r % ROWS
     temperature, penalty = tl.load(p_temperature + i_b), tl.load(p_penalty + i_b)
@@ -370,3 +373,37 @@ def choose_greedy_triton(logits: Tensor) -> Tensor:
         logits, value, token, logits.stride(0), logits.stride(1), logits.shape[2], ROWS=logits.shape[1], BLOCK_V=BLOCK_V
     )
     return reduce_blocks(value, token, logits)
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """A vocabulary of 128256, bfloat16 logits; greedy, sampled, and sampled with top-k 50 and top-p 0.9."""
+    for batch, rows in ((1, 1), (1, 64), (64, 8)):
+        logits = torch.randn(batch, rows, 128256, device=device, dtype=torch.bfloat16) * 3
+        case, size = f"{batch} x {rows}, V = 128256", logits.nbytes
+
+        def greedy(logits=logits) -> Tensor:
+            return choose_greedy_triton(logits)
+
+        def greedy_reference(logits=logits) -> Tensor:
+            return choose_greedy.reference(logits)
+
+        yield measure("choose_greedy", case, greedy, greedy_reference, size)
+        below = torch.arange(1, rows, device=device)
+        parents = torch.nn.functional.pad((torch.rand(batch, rows - 1, device=device) * below).int(), (1, 0), value=-1)
+        one = torch.ones(batch, device=device)
+        for name, top_k, top_p in (("sampled", 0, 1.0), ("top-k, top-p", 50, 0.9)):
+            if batch * rows > 64:
+                continue  # the reference's intermediate tensors take gigabytes
+            args = (
+                logits, torch.randint(0, 128256, (batch, rows), device=device), parents, one.int() * 500,
+                torch.arange(batch, device=device), 0.8 * one, one.int() * top_k, one * top_p, 0 * one, one,
+                torch.zeros(batch, 128256, device=device, dtype=torch.bool),
+            )
+
+            def sampled(args=args) -> Tensor:
+                return choose_tokens_triton(*args)
+
+            def sampled_reference(args=args) -> Tensor:
+                return choose_tokens.reference(*args)
+
+            yield measure("choose_tokens", f"{case}, {name}", sampled, sampled_reference, size)

@@ -5,7 +5,7 @@ All layers in one op; every read comes before every write. A chain never needs i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from autospec.kernels.append_kv import slot_pages
 from autospec.kernels.launch import jit, no_gpu, power_of_2, tl, wrap_triton
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
 
 
 @kernel_op(mutates=("pages",))
@@ -115,3 +116,25 @@ def compact_kv_triton(
             page_table.stride(0), page_table.shape[1], columns,
             STEPS=steps, PAGE=page_size, BLOCK_S=block_s, BLOCK_C=block_c,
         )
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """32 layers of 8 heads of 128; a path of 8 that skips every other node."""
+    for batch in (1, 16):
+        pages = [torch.randn(1 + batch * 4, 64, 8, 128, device=device, dtype=torch.bfloat16) for _ in range(64)]
+        copies = [buffer.clone() for buffer in pages]
+        page_table = (1 + torch.randperm(batch * 4, device=device)).reshape(batch, 4).int()
+        kv_lens = torch.randint(0, 192, (batch,), device=device, dtype=torch.int32)
+        path = torch.arange(0, 18, 2, device=device, dtype=torch.int32).expand(batch, -1).contiguous()
+        args = page_table, kv_lens, path, torch.full((batch,), 8, device=device, dtype=torch.int32)
+
+        def mine(pages=copies, args=args) -> list[Tensor]:
+            compact_kv_triton(pages, *args)
+            return pages
+
+        def reference(pages=pages, args=args) -> list[Tensor]:
+            compact_kv.reference(pages, *args)
+            return pages
+
+        moved = batch * 8 * 64 * 2 * 2048
+        yield measure("compact_kv", f"{batch} requests, 32 layers, path of 8", mine, reference, moved)

@@ -7,11 +7,14 @@ and where they run into the end the draft goes on with itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from autospec.kernels.launch import jit, no_gpu, power_of_2, rows_of, tl, wrap_triton
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
 
 
 @kernel_op()
@@ -105,3 +108,19 @@ def ngram_propose_triton(
         BLOCK_T=min(power_of_2(width), 1024), BLOCK_L=power_of_2(max_draft_len),
     )
     return draft_tokens, tree_parents
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """Texts over 50 tokens, so that suffixes occur before."""
+    for batch, length in ((1, 2048), (1, 16384), (64, 2048)):
+        tokens = torch.randint(0, 50, (batch, length + 64), device=device)
+        kv_lens = torch.full((batch,), length, device=device, dtype=torch.int32)
+        args = tokens, kv_lens, kv_lens + 100, 8, 4, False
+
+        def mine(args=args) -> tuple[Tensor, ...]:
+            return ngram_propose_triton(*args)
+
+        def reference(args=args) -> tuple[Tensor, ...]:
+            return ngram_propose.reference(*args)
+
+        yield measure("ngram_propose", f"{batch} x {length} tokens", mine, reference, batch * length * 8)

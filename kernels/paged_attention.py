@@ -9,8 +9,9 @@ and its ancestors. Windows and chunks are measured in positions, never in slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from autospec.kernels.attention import alibi_bias, attend, see
 from autospec.kernels.launch import jit, multiprocessors, no_gpu, power_of_2, rows_of, tl, wrap_triton
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
+from autospec.kernels.tree_tables import tree_tables
 
 
 def unpack_tree_mask(tree_mask: Tensor, q_len: int) -> Tensor:
@@ -31,7 +34,7 @@ def unpack_tree_mask(tree_mask: Tensor, q_len: int) -> Tensor:
 def slot_positions(
     kv_lens: Tensor, q_len: int, num_slots: int, tree_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Positions of the nodes [B, N] and of what the slots hold [B, num_slots], and which slots a tree links, or None."""
+    """Positions of the nodes [B, N], of what the slots hold [B, num_slots], and which slots a tree links, or None."""
     committed = kv_lens.long()[:, None]
     slot = torch.arange(num_slots, device=kv_lens.device)[None, :]
     if tree_mask is None:
@@ -83,7 +86,7 @@ def paged_attention(
 
 
 def why_not_triton(args: Mapping[str, Any]) -> str | None:
-    """Rows are addressed by stride; a tile holds the whole head."""
+    """Pages are addressed by row number, a tile holds the whole head, and scores are scaled behind their maximum."""
     q, k_pages, v_pages = args["q"], args["k_pages"], args["v_pages"]
     if not q.dtype == k_pages.dtype == v_pages.dtype:
         return f"queries are {q.dtype}, pages {k_pages.dtype} and {v_pages.dtype}"
@@ -91,9 +94,11 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
         return f"dtype {q.dtype} is not float16, bfloat16 or float32"
     if max(q.shape[3], v_pages.shape[3]) > 512:
         return f"head dims {q.shape[3]} and {v_pages.shape[3]} do not fit a tile of 512"
-    if k_pages.stride(3) != 1 or v_pages.stride(3) != 1:
-        return "the rows of the pages are not dense"
-    return no_gpu(args) or (None if args["alibi_slopes"] is None else "ALiBi slopes are not supported")
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        return "the pages are not contiguous"
+    if args["scale"] <= 0:
+        return f"scale {args['scale']} is not positive"
+    return no_gpu(args)
 
 
 @dataclass(frozen=True)
@@ -105,22 +110,33 @@ class Tile:
     splits: int
     warps: int
     stages: int
+    is_prefetching: bool = True  # read the next block's page numbers before this block's rows
 
 
 def choose_tile(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor) -> Tile:
-    """Enough programs to fill the GPU, from shapes alone: lengths stay on the device."""
+    """A tile and as many splits as fill the GPU once, from shapes alone: lengths stay on the device."""
     batch, q_len, q_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
-    rows = min(max(power_of_2(q_len * q_heads // kv_heads), 16), 128)
-    is_wide = power_of_2(max(head_dim, v_pages.shape[3])) * q.element_size() > 256
-    programs = batch * kv_heads * ((q_len * q_heads // kv_heads + rows - 1) // rows)
     capacity = page_table.shape[1] * k_pages.shape[1]
-    splits = 1
-    while splits < 64 and programs * splits * 2 <= 2 * multiprocessors(q) and splits * 2 * 128 <= capacity:
-        splits *= 2
-    if is_wide:
-        return Tile(min(rows, 64), 32, splits, 4, 2)
-    return Tile(rows, 64, splits, 8 if rows == 128 else 4, 3)
+    all_rows = q_len * q_heads // kv_heads
+
+    def splits(rows: int, slots: int) -> int:
+        programs = batch * kv_heads * ((all_rows + rows - 1) // rows)
+        count = 1
+        while count < 64 and programs * count * 2 <= multiprocessors(q) and count * 2 * slots <= capacity:
+            count *= 2
+        return count
+
+    row_bytes = power_of_2(max(head_dim, v_pages.shape[3])) * q.element_size()
+    rows = max(power_of_2(all_rows), 16)
+    if row_bytes > 256:  # sized to fit 227 KB of shared memory, not tuned
+        rows = min(rows, 64 if row_bytes <= 512 else 32 if row_bytes <= 1024 else 16)
+        slots = 32 if row_bytes <= 1024 else 16
+        return Tile(rows, slots, splits(rows, slots), 4, 2 if row_bytes <= 1024 else 1)
+    if rows >= 128 and capacity // splits(128, 64) >= 1024:
+        return Tile(128, 64, splits(128, 64), 8, 3)
+    rows = min(rows, 64)
+    return Tile(rows, 64, splits(rows, 64), 4, 3)
 
 
 # B requests (i_b), N nodes, H K/V heads (i_h), G query heads for each. A tile holds M rows (o_m): row r is node r // G
@@ -148,28 +164,69 @@ def depth_of(p_mask, o_node, m_node, WORDS: tl.constexpr):
 
 
 @jit
-def load_rows(p_pages, b_page, o_offset, m_t, o_d, stride_p, stride_s, D: tl.constexpr, IS_FULL: tl.constexpr):
-    """Rows of T slots: [T, BLOCK_D]; masked past D, and past m_t unless IS_FULL."""
-    p_rows = p_pages + (b_page.to(tl.int64) * stride_p + o_offset * stride_s)[:, None] + o_d[None, :]
-    if IS_FULL:
-        if o_d.shape[0] == D:
-            return tl.load(p_rows)
-        else:
-            return tl.load(p_rows, mask=(o_d < D)[None, :], other=0.0)
+def block_pages(p_table, i_t, capacity, T: tl.constexpr, PAGE: tl.constexpr):
+    """Physical pages of the slots of block i_t: up to four scalars, or else one number per slot and three unused."""
+    if PAGE % T == 0:
+        page = tl.load(p_table + i_t * T // PAGE, mask=i_t * T < capacity, other=0)
+        return page, page, page, page
+    elif T % PAGE == 0 and T // PAGE <= 4:
+        COUNT: tl.constexpr = T // PAGE
+        first = i_t * COUNT
+        page_0 = tl.load(p_table + first, mask=first * PAGE < capacity, other=0)
+        page_1 = tl.load(p_table + first + 1, mask=(first + 1) * PAGE < capacity, other=0)
+        page_2, page_3 = page_1, page_1
+        if COUNT == 4:
+            page_2 = tl.load(p_table + first + 2, mask=(first + 2) * PAGE < capacity, other=0)
+            page_3 = tl.load(p_table + first + 3, mask=(first + 3) * PAGE < capacity, other=0)
+        return page_0, page_1, page_2, page_3
+    else:
+        o_t = i_t * T + tl.arange(0, T)
+        b_page = tl.load(p_table + o_t // PAGE, mask=o_t < capacity, other=0)
+        return b_page, b_page, b_page, b_page
+
+
+@jit
+def row_numbers(pages, i_t, T: tl.constexpr, PAGE: tl.constexpr, IS_WIDE: tl.constexpr):
+    """Rows of the page buffers that hold the slots of block i_t. Selecting among scalars moves no data between threads,
+    as a load of T page numbers would."""
+    o_t = tl.arange(0, T)
+    page = pages[0]
+    if T % PAGE == 0 and T // PAGE <= 4:
+        page = tl.where(o_t < PAGE, pages[0], pages[1])
+        if T // PAGE == 4:
+            page = tl.where(o_t < 2 * PAGE, page, tl.where(o_t < 3 * PAGE, pages[2], pages[3]))
+    if IS_WIDE:
+        page = page.to(tl.int64)
+    return page * PAGE + (o_t % PAGE if T % PAGE == 0 else (i_t * T + o_t) % PAGE)
+
+
+@jit
+def load_rows(p_pages, b_row, m_t, o_d, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Rows of the pages, [T, BLOCK_D]; masked past D, and by m_t unless that is None."""
+    p_rows = p_pages + (b_row * STRIDE)[:, None] + o_d[None, :]
+    if m_t is None:
+        return tl.load(p_rows) if o_d.shape[0] == D else tl.load(p_rows, mask=(o_d < D)[None, :], other=0.0)
     else:
         return tl.load(p_rows, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @jit
-def fold_in(b_q, b_k, b_v, m_visible, b_top, b_sum, b_acc, scale, SOFTCAP: tl.constexpr):
+def fold_in(b_q, b_k, b_v, m_visible, b_bias, b_top, b_sum, b_acc, scale, SOFTCAP: tl.constexpr):
     """One step of the online softmax in powers of two; b_top is finite, so that a row that sees nothing stays 0."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    factor = 1.4426950408889634  # log2(e)
     if SOFTCAP > 0.0:
-        b_s = SOFTCAP * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp(2.0 * b_s / SOFTCAP) + 1.0))
+        b_s = SOFTCAP * (1.0 - 2.0 / (tl.exp(b_s * (2.0 * scale / SOFTCAP)) + 1.0))
+    elif b_bias is not None:
+        b_s *= scale
+    else:
+        factor *= scale  # positive, so the highest score stays the highest
+    if b_bias is not None:
+        b_s += b_bias
     if m_visible is not None:
         b_s = tl.where(m_visible, b_s, -float("inf"))
-    b_new = tl.maximum(b_top, tl.max(b_s, 1))
-    b_p = tl.exp2(b_s - b_new[:, None])
+    b_new = tl.maximum(b_top, tl.max(b_s, 1) * factor)
+    b_p = tl.exp2(b_s * factor - b_new[:, None])
     b_keep = tl.exp2(b_top - b_new)
     b_sum = b_sum * b_keep + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision="ieee")
@@ -177,27 +234,42 @@ def fold_in(b_q, b_k, b_v, m_visible, b_top, b_sum, b_acc, scale, SOFTCAP: tl.co
 
 
 @jit
+def linked_nodes(p_mask, i_t, kv_len, o_node, m_m, WORDS: tl.constexpr, T: tl.constexpr):
+    """Which slots of block i_t hold an ancestor or the row's own node: [M, T]; p_mask points at the request.
+
+    The block's nodes lie in at most (T + 30) // 32 + 1 words of a mask row: a row loads those and no bit is gathered.
+    """
+    o_slot_node = i_t * T - kv_len + tl.arange(0, T)
+    o_word = o_slot_node >> 5
+    i_first = (i_t * T - kv_len) >> 5
+    o_first = o_node * 0 + i_first
+    m_word = m_m & (o_first >= 0) & (o_first < WORDS)
+    b_word = tl.load(p_mask + o_node * WORDS + o_first, mask=m_word, other=0)[:, None]
+    for i in tl.static_range(1, (T + 30) // 32 + 1):
+        m_word = m_m & (o_first >= -i) & (o_first < WORDS - i)
+        b_more = tl.load(p_mask + o_node * WORDS + o_first + i, mask=m_word, other=0)
+        b_word = tl.where((o_word == i_first + i)[None, :], b_more[:, None], b_word)
+    return ((b_word >> (o_slot_node & 31)[None, :]) & 1) != 0
+
+
+@jit
 def attend_split(
-    p_q, p_k, p_v, p_table, p_lens, p_q_lens, p_mask, p_sinks, p_out, p_lse,
-    stride_qb, stride_qn, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_tb,
-    q_len, max_pages, scale,
+    p_q, p_k, p_v, p_table, p_lens, p_q_lens, p_mask, p_sinks, p_slopes, p_out, p_lse,
+    stride_qb, stride_qn, stride_qh, stride_tb, q_len, max_pages, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, WORDS: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
-    M: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, IS_WIDE: tl.constexpr,
+    M: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PREFETCH: tl.constexpr,
 ):
     i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tiles = tl.num_programs(0) // SPLITS
-    i_m, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     scale = tl.cast(scale, tl.float32)
-    if SOFTCAP == 0.0:
-        scale *= 1.4426950408889634  # log2(e)
     kv_len = tl.load(p_lens + i_b)
     valid = q_len
     if p_q_lens is not None:
         valid = tl.minimum(tl.load(p_q_lens + i_b), q_len)
     p_table += i_b * stride_tb
-    p_k += i_h * stride_kh
-    p_v += i_h * stride_vh
+    p_k += i_h * D
+    p_v += i_h * DV
     o_m = i_m * M + tl.arange(0, M)
     o_node, o_head = o_m // G, i_h * G + o_m % G
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -206,28 +278,31 @@ def attend_split(
     b_q = tl.load(p_rows, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
 
     # Positions of the rows, and the slots that any of them can see: low ... end - 1.
+    first_node = i_m * M // G
     b_depth = o_node
     if p_mask is not None:
         p_mask += i_b * q_len * WORDS
-        if WINDOW > 0 or CHUNK > 0:
+        if WINDOW > 0 or CHUNK > 0 or p_slopes is not None:
             b_depth = depth_of(p_mask, o_node, m_m, WORDS)
     b_position = kv_len + b_depth
-    low = kv_len * 0
+    end = tl.minimum(kv_len + tl.minimum((i_m * M + M - 1) // G + 1, valid), max_pages * PAGE)
+    end = tl.where(first_node < valid, end, 0)
+    low = 0
     if WINDOW > 0 or CHUNK > 0:
+        low = kv_len * 0
         lowest = tl.min(tl.where(m_m, b_position, 2147483647), 0)
         if WINDOW > 0:
             low = tl.maximum(low, lowest - WINDOW + 1)
         if CHUNK > 0:
             low = tl.maximum(low, lowest // CHUNK * CHUNK)
-    last_node = tl.minimum((i_m * M + M - 1) // G + 1, valid)
-    end = tl.minimum(kv_len + last_node, max_pages * PAGE)
-    end = tl.where(i_m * M // G < valid, end, 0)
-    first = tl.minimum(low, end) // T
-    blocks = tl.cdiv(end, T)
-    share = tl.cdiv(blocks - first, SPLITS)
-    first += i_s * share
-    blocks = tl.minimum(first + share, blocks)
-    committed = tl.minimum(tl.minimum(kv_len, end) // T, blocks)
+
+    # Blocks up to full - 1 are seen by every row, the others need the mask. The splits take turns: so where a split
+    # begins depends on no length, and its first pages are known at once.
+    common = kv_len if p_mask is not None else kv_len + first_node
+    full, blocks = tl.minimum(common, end) // T, tl.cdiv(end, T)
+    i_first = low // T + i_s
+    i_masked = i_first + tl.cdiv(tl.maximum(full - i_first, 0), SPLITS) * SPLITS
+    capacity = max_pages * PAGE
 
     b_top = tl.full((M,), -1.0e30, tl.float32)
     b_sum = tl.zeros((M,), tl.float32)
@@ -236,46 +311,63 @@ def attend_split(
         b_top = tl.maximum(tl.load(p_sinks + o_head).to(tl.float32) * 1.4426950408889634, -1.0e30)
         b_sum += 1.0
 
-    for i_t in range(first, committed):
-        o_t = i_t * T + tl.arange(0, T)
-        b_page = tl.load(p_table + o_t // PAGE)
-        b_k = load_rows(p_k, b_page, o_t % PAGE, None, o_d, stride_kp, stride_ks, D, True)
-        b_v = load_rows(p_v, b_page, o_t % PAGE, None, o_dv, stride_vp, stride_vs, DV, True)
+    if p_slopes is not None:
+        b_slope = tl.load(p_slopes + o_head).to(tl.float32)
+
+    if PREFETCH:
+        page_0, page_1, page_2, page_3 = block_pages(p_table, i_first, capacity, T, PAGE)
+    for i_t in range(i_first, full, SPLITS):
+        if PREFETCH:
+            b_row = row_numbers((page_0, page_1, page_2, page_3), i_t, T, PAGE, IS_WIDE)
+            page_0, page_1, page_2, page_3 = block_pages(p_table, i_t + SPLITS, capacity, T, PAGE)
+        else:
+            b_row = row_numbers(block_pages(p_table, i_t, capacity, T, PAGE), i_t, T, PAGE, IS_WIDE)
+        b_k = load_rows(p_k, b_row, None, o_d, H * D, D)
+        b_v = load_rows(p_v, b_row, None, o_dv, H * DV, DV)
         m_visible = None
+        b_bias = None
+        o_t = i_t * T + tl.arange(0, T)
         if WINDOW > 0:
             m_visible = o_t[None, :] > b_position[:, None] - WINDOW
             if CHUNK > 0:
                 m_visible &= o_t[None, :] // CHUNK == b_position[:, None] // CHUNK
         elif CHUNK > 0:
             m_visible = o_t[None, :] // CHUNK == b_position[:, None] // CHUNK
-        b_top, b_sum, b_acc = fold_in(b_q, b_k, b_v, m_visible, b_top, b_sum, b_acc, scale, SOFTCAP)
+        if p_slopes is not None:
+            b_bias = b_slope[:, None] * (o_t[None, :] - b_position[:, None])
+        b_top, b_sum, b_acc = fold_in(b_q, b_k, b_v, m_visible, b_bias, b_top, b_sum, b_acc, scale, SOFTCAP)
 
-    for i_t in range(tl.maximum(first, committed), blocks):
+    # Not pipelined: it is short, and its buffers would lie beside those of the loop above.
+    for i_t in tl.range(i_masked, blocks, SPLITS, num_stages=1):
         o_t = i_t * T + tl.arange(0, T)
         m_t = o_t < end
-        b_page = tl.load(p_table + o_t // PAGE, mask=m_t, other=0)
-        b_k = load_rows(p_k, b_page, o_t % PAGE, m_t, o_d, stride_kp, stride_ks, D, False)
-        b_v = load_rows(p_v, b_page, o_t % PAGE, m_t, o_dv, stride_vp, stride_vs, DV, False)
-        o_slot_node = o_t - kv_len
-        b_slot_position = o_t
-        if p_mask is not None:
-            m_node = m_t & (o_slot_node >= 0)
-            p_words = p_mask + o_node[:, None] * WORDS + (o_slot_node // 32)[None, :]
-            b_word = tl.load(p_words, mask=m_m[:, None] & m_node[None, :], other=0)
-            m_linked = ((b_word >> (o_slot_node & 31)[None, :]) & 1) != 0
-            m_visible = m_linked | (o_slot_node < 0)[None, :]
-            if WINDOW > 0 or CHUNK > 0:
-                b_slot_position = tl.where(m_node, kv_len + depth_of(p_mask, o_slot_node, m_node, WORDS), o_t)
+        if PREFETCH:
+            b_row = row_numbers((page_0, page_1, page_2, page_3), i_t, T, PAGE, IS_WIDE)
+            page_0, page_1, page_2, page_3 = block_pages(p_table, i_t + SPLITS, capacity, T, PAGE)
         else:
-            m_visible = o_slot_node[None, :] <= o_node[:, None]
-        m_visible &= m_t[None, :] & m_m[:, None]
+            b_row = row_numbers(block_pages(p_table, i_t, capacity, T, PAGE), i_t, T, PAGE, IS_WIDE)
+        b_slot_position = o_t
+        b_bias = None
+        if p_mask is not None:
+            m_visible = linked_nodes(p_mask, i_t, kv_len, o_node, m_m, WORDS, T) | (o_t < kv_len)[None, :]
+            if WINDOW > 0 or CHUNK > 0 or p_slopes is not None:
+                m_node = m_t & (o_t >= kv_len)
+                b_slot_position = tl.where(m_node, kv_len + depth_of(p_mask, o_t - kv_len, m_node, WORDS), o_t)
+        else:
+            m_visible = o_t[None, :] <= b_position[:, None]
+        m_visible &= m_t[None, :]
         if WINDOW > 0:
             m_visible &= b_slot_position[None, :] > b_position[:, None] - WINDOW
         if CHUNK > 0:
             m_visible &= b_slot_position[None, :] // CHUNK == b_position[:, None] // CHUNK
-        b_top, b_sum, b_acc = fold_in(b_q, b_k, b_v, m_visible, b_top, b_sum, b_acc, scale, SOFTCAP)
+        if p_slopes is not None:
+            b_bias = b_slope[:, None] * (b_slot_position[None, :] - b_position[:, None])
+        b_k = load_rows(p_k, b_row, m_t, o_d, H * D, D)
+        b_v = load_rows(p_v, b_row, m_t, o_dv, H * DV, DV)
+        b_top, b_sum, b_acc = fold_in(b_q, b_k, b_v, m_visible, b_bias, b_top, b_sum, b_acc, scale, SOFTCAP)
 
-    b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_sum = tl.where(m_m, b_sum, 0.0)
+    b_out = b_acc * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None]
     o_row = (i_b * q_len + o_node) * (H * G) + o_head
     m_m = o_node < q_len
     if SPLITS > 1:
@@ -304,7 +396,8 @@ def combine_splits(p_part, p_lse, p_out, DV: tl.constexpr, SPLITS: tl.constexpr,
 
 def attend_pages(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_lens: Tensor, q_lens: Tensor | None,
-    tree_mask: Tensor | None, sinks: Tensor | None, scale: float, window: int, chunk: int, softcap: float, tile: Tile,
+    tree_mask: Tensor | None, sinks: Tensor | None, scale: float, window: int, chunk: int, softcap: float,
+    alibi_slopes: Tensor | None, tile: Tile,
 ) -> Tensor:
     """Launch with a given tile; rows past q_lens become 0."""
     q = rows_of(q)
@@ -320,17 +413,17 @@ def attend_pages(
     block_dv = max(power_of_2(v_dim), 16)
     wrap_triton(attend_split)[((q_len * group + tile.rows - 1) // tile.rows * tile.splits, kv_heads, batch)](
         q, k_pages, v_pages, page_table, kv_lens, q_lens, None if tree_mask is None else tree_mask.contiguous(), sinks,
-        part, lse, q.stride(0), q.stride(1), q.stride(2), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
-        v_pages.stride(0), v_pages.stride(1), v_pages.stride(2), page_table.stride(0),
+        alibi_slopes, part, lse, q.stride(0), q.stride(1), q.stride(2), page_table.stride(0),
         q_len, page_table.shape[1], scale,
         H=kv_heads, G=group, D=head_dim, DV=v_dim, PAGE=k_pages.shape[1], WORDS=(q_len + 31) // 32,
         WINDOW=window, CHUNK=chunk, SOFTCAP=softcap, SPLITS=tile.splits,
+        IS_WIDE=max(k_pages.numel(), v_pages.numel()) >= 2**31,
         M=tile.rows, T=tile.slots, BLOCK_D=max(power_of_2(head_dim), 16), BLOCK_DV=block_dv,
-        num_warps=tile.warps, num_stages=tile.stages,
+        PREFETCH=tile.is_prefetching, num_warps=tile.warps, num_stages=tile.stages,
     )
     if tile.splits > 1:
         wrap_triton(combine_splits)[(batch * q_len * q_heads,)](
-            part, lse, out, DV=v_dim, SPLITS=tile.splits, BLOCK_DV=block_dv, num_warps=2
+            part, lse, out, DV=v_dim, SPLITS=tile.splits, BLOCK_DV=block_dv, num_warps=1
         )
     return out
 
@@ -344,5 +437,33 @@ def paged_attention_triton(
     """Flash attention over the pages, split over the slots where the batch is small, then combined."""
     tile = choose_tile(q, k_pages, v_pages, page_table)
     return attend_pages(
-        q, k_pages, v_pages, page_table, kv_lens, q_lens, tree_mask, sinks, scale, window, chunk, softcap, tile
+        q, k_pages, v_pages, page_table, kv_lens, q_lens, tree_mask, sinks, scale, window, chunk, softcap,
+        alibi_slopes, tile,
     )
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """32 query and 8 K/V heads of 128, bfloat16, random trees; exact is the reference in float64."""
+    shapes = ((1, 1, 2048), (1, 8, 2048), (1, 64, 2048), (1, 64, 16384), (16, 16, 2048), (16, 64, 2048), (64, 8, 2048))
+    for page_size, (batch, q_len, context) in product((16, 64), shapes):
+        max_pages = (context + q_len + page_size - 1) // page_size
+        shape = 1 + batch * max_pages, page_size, 8, 128
+        k_pages, v_pages = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+        page_table = (1 + torch.randperm(batch * max_pages, device=device)).reshape(batch, max_pages).int()
+        q = torch.randn(batch, q_len, 32, 128, device=device, dtype=torch.bfloat16)
+        below = torch.arange(1, q_len, device=device)
+        parents = (torch.rand(batch, q_len - 1, device=device) * below).int()
+        parents = torch.nn.functional.pad(parents, (1, 0), value=-1)
+        kv_lens = torch.full((batch,), context, device=device, dtype=torch.int32)
+        rest = page_table, kv_lens, None, tree_tables(parents)[0], None, 128**-0.5
+        exact = paged_attention.reference(q.double(), k_pages.double(), v_pages.double(), *rest)
+
+        def mine(q=q, k_pages=k_pages, v_pages=v_pages, rest=rest) -> Tensor:
+            return paged_attention_triton(q, k_pages, v_pages, *rest)
+
+        def reference(q=q, k_pages=k_pages, v_pages=v_pages, rest=rest) -> Tensor:
+            return paged_attention.reference(q, k_pages, v_pages, *rest)
+
+        moved = 2 * batch * (context + q_len) * 8 * 128 * 2 + 2 * q.nbytes
+        case = f"{batch} x {q_len}, {context}, page {page_size}"
+        yield measure("paged_attention", case, mine, reference, moved, exact)

@@ -51,3 +51,11 @@ def deviation(mine: Any, exact: Any) -> float:
         return max((deviation(a, b) for a, b in zip(mine, exact, strict=True)), default=0.0)
     difference = (mine.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30)
     return float(difference.nan_to_num(nan=float("inf")))
+
+
+def measure(
+    op: str, case: str, mine: Callable[[], Any], reference: Callable[[], Any], bytes_moved: int, exact: Any = None
+) -> Measurement:
+    """Check the first result of `mine` against `exact` (the reference's where None is given), then time both."""
+    error = deviation(mine(), reference() if exact is None else exact)
+    return Measurement(op, case, time_graph(mine), time_graph(reference), bytes_moved, error)

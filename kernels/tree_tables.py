@@ -6,11 +6,14 @@ tree_parents [B, N] int32: parents[0] == -1, a parent's index is below its child
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from autospec.kernels.launch import jit, no_gpu, power_of_2, tl, wrap_triton
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
 
 
 def ancestors(tree_parents: Tensor) -> Tensor:
@@ -88,3 +91,20 @@ def node_positions(kv_lens: Tensor, q_len: int, max_position: int, depth: Tensor
     else:
         offset = depth.long()
     return (kv_lens.long()[:, None] + offset).clamp(0, max_position - 1)
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """Random trees; the reference makes one step per node."""
+    for batch, q_len in ((1, 64), (64, 8), (16, 64)):
+        below = torch.arange(1, q_len, device=device)
+        parents = (torch.rand(batch, q_len - 1, device=device) * below).int()
+        tree_parents = torch.nn.functional.pad(parents, (1, 0), value=-1)
+
+        def mine(tree_parents=tree_parents) -> tuple[Tensor, ...]:
+            return tree_tables_triton(tree_parents)
+
+        def reference(tree_parents=tree_parents) -> tuple[Tensor, ...]:
+            return tree_tables.reference(tree_parents)
+
+        moved = batch * q_len * (8 + (q_len + 31) // 32 * 4)
+        yield measure("tree_tables", f"{batch} x {q_len}", mine, reference, moved)

@@ -34,12 +34,13 @@ class Case:
     window: int = 0
     chunk: int = 0
     softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
 
     def arguments(self) -> list:
         """In the op's order."""
         tree_mask = None if self.parents is None else tree_tables(self.parents)[0]
         return [self.q, self.k_pages, self.v_pages, self.page_table, self.kv_lens, self.q_lens, tree_mask, self.sinks,
-                self.scale, self.window, self.chunk, self.softcap]
+                self.scale, self.window, self.chunk, self.softcap, self.alibi_slopes]
 
     def to(self, to) -> Case:
         """The same case with every tensor converted, integers only moved."""
@@ -71,23 +72,26 @@ def make_case(seed, parents, *, group=2, kv_heads=2, dims=(8, 8), page=4, max_le
     )
 
 
-def seen_slots(case: Case, b: int, node: int) -> list[int]:
-    """Slots that a node sees, from the definition: committed rows, ancestors and itself; distances in positions."""
+def seen_rows(case: Case, b: int, node: int) -> list[tuple[int, int]]:
+    """(slot, position) of what a node sees, from the definition: committed rows, ancestors and itself, which is last."""
     start = int(case.kv_lens[b])
     if case.parents is None:
-        path, depth = list(range(node + 1)), list(range(node + 1))
+        path = list(range(node + 1))
     else:
         parents = case.parents[b].tolist()
         path = [node]
         while path[-1] > 0 and parents[path[-1]] >= 0:
             path.append(parents[path[-1]])
         path = path[::-1] if path[-1] == 0 else [node]
-        depth = list(range(len(path)))
-    places = [(slot, slot) for slot in range(start)] + [(start + j, start + d) for j, d in zip(path, depth, strict=True)]
-    here = start + depth[-1]
-    return [slot for slot, position in places
+    places = [(slot, slot) for slot in range(start)] + [(start + j, start + d) for d, j in enumerate(path)]
+    here = places[-1][1]
+    return [(slot, position) for slot, position in places
             if (not case.window or position > here - case.window)
             and (not case.chunk or position // case.chunk == here // case.chunk)]
+
+
+def slots_of(case: Case, b: int, node: int) -> list[int]:
+    return [slot for slot, _ in seen_rows(case, b, node)]
 
 
 def naive_attention(case: Case) -> tuple[Tensor, Tensor]:
@@ -101,15 +105,18 @@ def naive_attention(case: Case) -> tuple[Tensor, Tensor]:
         table = case.page_table[b].long()
         k, v = (pages.double()[table].flatten(0, 1) for pages in (case.k_pages, case.v_pages))
         for n in range(q_len if case.q_lens is None else int(case.q_lens[b])):
-            slots = seen_slots(case, b, n)
-            for h in range(q_heads):
-                scores = k[slots, h // group] @ q[b, n, h] * case.scale
-                if case.softcap:
-                    scores = torch.tanh(scores / case.softcap) * case.softcap
-                extra = torch.zeros(0) if case.sinks is None else case.sinks[h : h + 1]
-                weights = torch.softmax(torch.cat([scores, extra.double()]), 0)[: len(slots)]
-                out[b, n, h] = weights @ v[slots, h // group]
-                size[b, n, h] = weights @ v[slots, h // group].abs()
+            slots, positions = map(list, zip(*seen_rows(case, b, n), strict=True))
+            scores = torch.einsum("thd,hgd->hgt", k[slots], q[b, n].unflatten(0, (-1, group))) * case.scale
+            if case.softcap:
+                scores = torch.tanh(scores / case.softcap) * case.softcap
+            if case.alibi_slopes is not None:
+                distance = torch.tensor(positions, dtype=torch.float64) - positions[-1]
+                scores = scores + case.alibi_slopes.double().reshape(-1, group, 1) * distance
+            extra = torch.zeros(q_heads, 0) if case.sinks is None else case.sinks[:, None]
+            scores = torch.cat([scores.flatten(0, 1), extra.double()], 1)
+            weights = torch.softmax(scores, 1)[:, : len(slots)].unflatten(0, (-1, group))
+            out[b, n] = torch.einsum("hgt,thd->hgd", weights, v[slots]).flatten(0, 1)
+            size[b, n] = torch.einsum("hgt,thd->hgd", weights, v[slots].abs()).flatten(0, 1)
     return out, size
 
 
@@ -132,6 +139,7 @@ features = st.fixed_dictionaries({
     "chunk": st.sampled_from([0, 0, 4, 12]),
     "softcap": st.sampled_from([0.0, 0.0, 2.0]),
     "has_sinks": st.booleans(),
+    "has_slopes": st.booleans(),
     "group": st.sampled_from([1, 2, 3]),
     "dims": st.sampled_from([(8, 8), (24, 24), (20, 12), (12, 20)]),
 })
@@ -139,9 +147,11 @@ features = st.fixed_dictionaries({
 
 def case_with(features, seed, parents):
     options = dict(features)
+    generator = torch.Generator().manual_seed(seed)
     if options.pop("has_sinks"):
-        heads = 2 * options["group"]
-        options["sinks"] = torch.randn(heads, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        options["sinks"] = torch.randn(2 * options["group"], generator=generator, dtype=torch.float64)
+    if options.pop("has_slopes"):
+        options["alibi_slopes"] = torch.rand(2 * options["group"], generator=generator, dtype=torch.float64)
     return make_case(seed, parents, **options)
 
 
@@ -170,9 +180,12 @@ def all_of(interpreted, case):
         yield interpreted(FILE, "attend_pages", *arguments, tile)
 
 
-@pytest.mark.parametrize("q_len", [33, 65])
-def test_masks_of_more_than_one_word(random_parents, interpreted, q_len):
-    case = make_case(1, random_parents(torch.Generator().manual_seed(q_len), 1, q_len), kv_heads=1, max_len=9)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(33, 0), (65, 9), (40, 24), (70, 1), (50, 31)])
+def test_masks_of_more_than_one_word(random_parents, interpreted, q_len, kv_len):
+    """Blocks of 16 slots start anywhere in a word and cross its end; deep trees reach back across it."""
+    parents = random_parents(torch.Generator().manual_seed(q_len), 1, q_len)
+    parents[0, 25:] = torch.arange(24, q_len - 1)
+    case = replace(make_case(1, parents, kv_heads=1), kv_lens=torch.tensor([kv_len]).int())
     for out in all_of(interpreted, case):
         check_attention(case.to(torch.float32), out, 0.0)
 
@@ -186,10 +199,10 @@ def test_every_alignment_of_the_committed_rows(random_parents, interpreted, kv_l
 
 
 def test_a_window_counts_positions_not_slots(interpreted):
-    """Eight siblings sit in slots 10 ... 17 but all at position 10: a window of 4 shows each the rows 7, 8, 9 and itself."""
+    """Seven siblings sit in slots 10 ... 16, all at position 10: a window of 4 shows each the rows 7, 8, 9 and itself."""
     parents = torch.tensor([[-1, *[0] * 7]], dtype=torch.int32)
     case = replace(make_case(3, parents, window=4), kv_lens=torch.tensor([9]).int())
-    assert seen_slots(case, 0, 7) == [7, 8, 9, 16]
+    assert slots_of(case, 0, 7) == [7, 8, 9, 16]
     for out in all_of(interpreted, case):
         check_attention(case.to(torch.float32), out, 0.0)
 
@@ -198,8 +211,8 @@ def test_a_chunk_boundary_inside_a_tree(interpreted):
     """Positions 10, 11 | 12, 13: the deeper nodes see only their own chunk, though their slots say otherwise."""
     parents = torch.tensor([[-1, 0, 0, 1, 2, 3]], dtype=torch.int32)
     case = replace(make_case(4, parents, chunk=4), kv_lens=torch.tensor([10]).int())
-    assert seen_slots(case, 0, 4) == [14]
-    assert seen_slots(case, 0, 5) == [13, 15]
+    assert slots_of(case, 0, 4) == [14]
+    assert slots_of(case, 0, 5) == [13, 15]
     for out in all_of(interpreted, case):
         check_attention(case.to(torch.float32), out, 0.0)
 
@@ -208,7 +221,7 @@ def test_an_absent_node_sees_itself_and_is_not_nan(interpreted):
     parents = torch.tensor([[-1, -1, 1, 0]], dtype=torch.int32)
     for kv_len in (0, 5):
         case = replace(make_case(5, parents, window=2), kv_lens=torch.tensor([kv_len]).int())
-        assert seen_slots(case, 0, 2)[-1] == kv_len + 2
+        assert slots_of(case, 0, 2)[-1] == kv_len + 2
         for out in all_of(interpreted, case):
             check_attention(case.to(torch.float32), out, 0.0)
 
@@ -286,7 +299,8 @@ PLANTED = {
     "the window is one wider": lambda a: [*a[:9], a[9] + 1, *a[10:]],
     "the chunk is ignored": lambda a: [*a[:10], 0, *a[11:]],
     "sinks are ignored": lambda a: [*a[:7], None, *a[8:]],
-    "the softcap is ignored": lambda a: [*a[:11], 0.0],
+    "the softcap is ignored": lambda a: [*a[:11], 0.0, a[12]],
+    "slopes are ignored": lambda a: [*a[:12], None],
     "K/V heads are interleaved": lambda a: [a[0].unflatten(2, (2, 2)).transpose(2, 3).flatten(2, 3), *a[1:]],
 }
 
@@ -295,7 +309,8 @@ PLANTED = {
 @pytest.mark.parametrize("is_triton", [False, True])
 def test_planted_bugs_are_caught(interpreted, bug, is_triton):
     parents = torch.tensor([[-1, 0, 0, 1, 3]], dtype=torch.int32)
-    case = make_case(13, parents, window=6, chunk=8, softcap=1.0, sinks=torch.zeros(4, dtype=torch.float64))
+    case = make_case(13, parents, window=6, chunk=8, softcap=1.0)
+    case = replace(case, sinks=torch.zeros(4).double(), alibi_slopes=torch.linspace(0.1, 0.4, 4).double())
     case = replace(case, kv_lens=torch.tensor([14]).int()).to(torch.float32)
     run = (lambda *a: interpreted(FILE, "attend_pages", *a, WHOLE)) if is_triton else paged_attention
     check_attention(case, run(*case.arguments()), 0.0)
@@ -311,18 +326,22 @@ def test_attention_as_captured_equals_the_paged_one():
 
 
 GPU_CASES = {
-    "decode": dict(parents=(3, 1), max_len=700, kv_heads=8, group=4, dims=(128, 128), page=16),
-    "tree": dict(parents=64, max_len=300, kv_heads=2, group=4, dims=(128, 128), page=16),
-    "wide tree": dict(parents=150, max_len=70, kv_heads=1, group=2, dims=(64, 64), page=16),
-    "window and sinks": dict(parents=20, max_len=300, kv_heads=2, group=8, dims=(64, 64), page=16, window=128,
-                             sinks=torch.linspace(-2, 2, 16, dtype=torch.float64)),
-    "chunk": dict(parents=30, max_len=300, kv_heads=2, group=5, dims=(128, 128), page=32, chunk=64),
-    "softcap, head dim 256": dict(parents=(2, 9), max_len=150, kv_heads=2, group=2, dims=(256, 256), page=16, softcap=50.0),
-    "head dims 80 and 96": dict(parents=12, max_len=150, kv_heads=2, group=1, dims=(80, 96), page=8),
-    "head dim 192 and 128": dict(parents=(2, 40), max_len=100, kv_heads=2, group=3, dims=(192, 128), page=64),
-    "head dim 512": dict(parents=(1, 3), max_len=100, kv_heads=1, group=4, dims=(512, 512), page=16),
-    "prefill": dict(parents=(2, 200), max_len=50, kv_heads=1, group=2, dims=(128, 128), page=16,
-                    q_lens=torch.tensor([200, 77]).int()),
+    "decode": {"parents": (3, 1), "max_len": 700, "kv_heads": 8, "group": 4, "dims": (128, 128), "page": 16},
+    "tree": {"parents": 64, "max_len": 300, "kv_heads": 2, "group": 4, "dims": (128, 128), "page": 16},
+    "wide tree": {"parents": 150, "max_len": 70, "kv_heads": 1, "group": 2, "dims": (64, 64), "page": 64},
+    "window and sinks": {"parents": 20, "max_len": 300, "kv_heads": 2, "group": 8, "dims": (64, 64), "page": 16,
+                         "window": 128, "sinks": torch.linspace(-2, 2, 16, dtype=torch.float64)},
+    "chunk": {"parents": 30, "max_len": 300, "kv_heads": 2, "group": 5, "dims": (128, 128), "page": 32, "chunk": 64},
+    "softcap, head dim 256": {"parents": (2, 9), "max_len": 150, "kv_heads": 2, "group": 2, "dims": (256, 256),
+                              "page": 16, "softcap": 50.0},
+    "slopes": {"parents": 30, "max_len": 200, "kv_heads": 4, "group": 1, "dims": (64, 64), "page": 128,
+               "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)},
+    "head dims 80 and 96": {"parents": 12, "max_len": 150, "kv_heads": 2, "group": 1, "dims": (80, 96), "page": 8},
+    "head dim 192 and 128": {"parents": (2, 40), "max_len": 100, "kv_heads": 2, "group": 3, "dims": (192, 128), "page": 64},
+    "head dim 512": {"parents": (1, 3), "max_len": 100, "kv_heads": 1, "group": 4, "dims": (512, 512), "page": 16},
+    "prefill": {"parents": (2, 200), "max_len": 50, "kv_heads": 1, "group": 2, "dims": (128, 128), "page": 16,
+                "q_lens": torch.tensor([200, 77]).int()},
+    "large": {"parents": (16, 33), "max_len": 40, "kv_heads": 8, "group": 4, "dims": (128, 128), "page": 16},
 }
 
 

@@ -1,0 +1,130 @@
+"""Every kernel compiles for an H100 on a machine without one: the interpreter accepts much that the compiler does not."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from autospec.kernels.launch import triton
+
+pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+            torch.int32: "*i32", torch.bool: "*i1"}
+SHARED_MEMORY = 227 * 1024  # bytes that a program may have on an H100
+
+
+class Compiler:
+    """Stands in for wrap_triton: launching a kernel compiles it for sm_90 instead."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[str, int]] = []  # kernel, bytes of shared memory
+
+    def __call__(self, kernel: Any) -> Any:
+        self.kernel = kernel
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.launch
+
+    def launch(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        signature, constants = {}, {}
+        for parameter in self.kernel.params:
+            value = arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = POINTERS[value.dtype]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
+        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert binary.metadata.shared <= SHARED_MEMORY, f"{self.kernel.__name__} needs {binary.metadata.shared} bytes"
+        self.compiled.append((self.kernel.__name__, binary.metadata.shared))
+
+
+def compile_call(monkeypatch: pytest.MonkeyPatch, file: str, function: str, *args: Any) -> list[str]:
+    """Names of the kernels that a launcher would launch, all compiled."""
+    module = importlib.import_module(f"autospec.kernels.{file}")
+    if not isinstance(getattr(module, "wrap_triton", None), type(lambda: 0)):
+        pytest.skip("kernels are interpreted in this process")
+    compiler = Compiler()
+    monkeypatch.setattr(module, "wrap_triton", compiler)
+    getattr(module, function)(*args)
+    return [name for name, _ in compiler.compiled]
+
+
+def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+LONG = torch.int64
+LAUNCHES = {
+    "append_rows": ("append_kv", "append_kv_triton", lambda: (
+        torch.zeros(2, 8, 3, 80).bfloat16(), torch.zeros(2, 8, 3, 64).bfloat16(), torch.zeros(9, 16, 3, 80).bfloat16(),
+        torch.zeros(9, 16, 3, 64).bfloat16(), ints(2, 4), ints(2))),
+    "move_rows": ("compact_kv", "compact_kv_triton", lambda: (
+        [torch.zeros(9, 16, 2, 64) for _ in range(11)], ints(2, 4), ints(2), ints(2, 9), ints(2))),
+    "walk_to_root": ("tree_tables", "tree_tables_triton", lambda: (ints(2, 70),)),
+    "follow_target": ("accept_tree", "accept_tree_triton", lambda: (
+        ints(2, 60, dtype=LONG), ints(2, 60, dtype=LONG), ints(2, 60), 7)),
+    "find_suffix": ("ngram_propose", "ngram_propose_triton", lambda: (
+        ints(2, 900, dtype=LONG), ints(2), ints(2), 7, 4, False)),
+    "best_in_blocks": ("choose_tokens", "choose_greedy_triton", lambda: (torch.zeros(2, 3, 5000).bfloat16(),)),
+    "pick_in_blocks": ("choose_tokens", "choose_tokens_triton", lambda: (
+        torch.zeros(2, 3, 5000).bfloat16(), ints(2, 8, dtype=LONG), ints(2, 8), ints(2), ints(2, dtype=LONG),
+        torch.ones(2), ints(2), torch.ones(2), torch.zeros(2), torch.ones(2), torch.zeros(2, 5000, dtype=torch.bool), 1)),
+}
+
+
+@pytest.mark.parametrize("kernel", LAUNCHES)
+def test_kernels_compile(monkeypatch, kernel):
+    file, function, arguments = LAUNCHES[kernel]
+    assert kernel in compile_call(monkeypatch, file, function, *arguments())
+
+
+ATTENTION = {
+    "chain": dict(q_len=8), "tree": dict(q_len=64, has_tree=True), "many rows": dict(q_len=64, has_tree=True, batch=16),
+    "window, chunk, sinks, slopes": dict(q_len=40, has_tree=True, window=100, chunk=64, has_extras=True),
+    "softcap, head dim 256": dict(q_len=9, head_dim=256, softcap=50.0), "head dim 512": dict(q_len=40, head_dim=512),
+    "float32, head dim 512": dict(q_len=40, head_dim=512, dtype=torch.float32), "page 128": dict(q_len=8, page=128),
+    "page 8": dict(q_len=8, page=8),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_paged_attention_compiles(monkeypatch, name):
+    case = dict(batch=1, page=16, head_dim=128, dtype=torch.bfloat16, window=0, chunk=0, softcap=0.0,
+                has_tree=False, has_extras=False) | ATTENTION[name]
+    batch, q_len, pages = case["batch"], case["q_len"], torch.zeros(3, case["page"], 8, case["head_dim"], dtype=case["dtype"])
+    tree_mask = ints(batch, q_len, (q_len + 31) // 32) if case["has_tree"] else None
+    extras = torch.zeros(32) if case["has_extras"] else None
+    kernels = compile_call(
+        monkeypatch, "paged_attention", "paged_attention_triton",
+        torch.zeros(batch, q_len, 32, case["head_dim"], dtype=case["dtype"]), pages, pages, ints(batch, 200), ints(batch),
+        ints(batch) if case["has_extras"] else None, tree_mask, extras, 0.1, case["window"], case["chunk"], case["softcap"],
+        extras,
+    )
+    assert kernels[0] == "attend_split"
+
+
+def test_a_kernel_that_cannot_be_compiled_is_caught(monkeypatch):
+    """A variable that is None before a loop and a tensor in it: the interpreter does not mind."""
+    from autospec.kernels import launch
+
+    @launch.jit
+    def planted(p_x):
+        b_x = None
+        for i in range(2):
+            b_x = launch.tl.load(p_x + i)
+        launch.tl.store(p_x, b_x)
+
+    with pytest.raises(Exception, match="not a triton value|planted"):
+        Compiler()(planted)[(1,)](torch.zeros(2))

@@ -43,4 +43,5 @@ def options() -> DebugOptions:
 
 def disabled_kernels() -> frozenset[str]:
     """Backends switched off by AUTOSPEC_DISABLE_KERNELS (a comma-separated list such as `flashinfer,triton`)."""
-    return frozenset(filter(None, os.environ.get("AUTOSPEC_DISABLE_KERNELS", "").split(",")))
+    words = os.environ.get("AUTOSPEC_DISABLE_KERNELS", "").split(",")
+    return frozenset(filter(None, (word.strip() for word in words)))

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from autospec.ir.build import Builder, fake_mode
-from autospec.ir.match import operand, returned
+from autospec.ir.match import calls, operand, returned
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import the, with_role
 from autospec.kernels.commit import last_rows
@@ -28,6 +28,8 @@ class GatherLogits(Pass):
     name = "gather-logits"
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        if any(calls(module, last_rows)):
+            return 0
         output = module.graph.output_node()
         q_lens = the(module, "q_lens")
         heads = with_role(module, "lm_head")

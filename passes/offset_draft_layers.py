@@ -28,6 +28,8 @@ class OffsetDraftLayers(Pass):
     layer_idx_offset: int
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        if not list(self.ensures(module)):
+            return 0
         count = 0
         for node in module.graph.find_nodes(op="placeholder"):
             slot = slot_of(node)

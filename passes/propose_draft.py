@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from autospec.ir.build import Builder
-from autospec.ir.match import aten
+from autospec.ir.match import aten, calls
 from autospec.ir.passes import Notes, Pass
-from autospec.kernels.commit import chain_draft
+from autospec.kernels.commit import chain_draft, store_draft
 from autospec.kernels.ngram_propose import ngram_propose
 from autospec.state import history, store
 
@@ -30,6 +30,8 @@ class ProposeNothing(Pass):
     max_nodes: int
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        if any(calls(module, store_draft)):
+            return 0
         builder = Builder(module)
         tokens, kv_lens, limits = history(module)
         none = builder.call(aten.new_empty.default, tokens, [self.batch_size, 0])
@@ -50,6 +52,8 @@ class ProposeNgram(Pass):
     is_use_oldest: bool = False
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        if any(calls(module, store_draft)):
+            return 0
         builder = Builder(module)
         tokens, kv_lens, limits = history(module)
         ids, parents = builder.calls(

@@ -47,7 +47,8 @@ class TagRoles(Pass):
                 tag(operand(head), "final_hidden")
             notes.say(f"{len(attention_calls)} attention calls")
         else:
-            notes.refuse(head, "the logits do not come straight from a linear layer, so they are computed for every row")
+            reason = "the logits do not come straight from a linear layer, so they are computed for every row"
+            notes.refuse(head, reason)
         return 0
 
     def ensures(self, module: fx.GraphModule) -> Iterable[str]:

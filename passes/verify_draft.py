@@ -22,7 +22,7 @@ from torch import fx
 from autospec.ir.build import Builder
 from autospec.ir.match import aten, returned
 from autospec.ir.passes import Notes, Pass
-from autospec.ir.roles import tag, the
+from autospec.ir.roles import tag, the, with_role
 from autospec.kernels.accept_tree import accept_tree
 from autospec.kernels.commit import commit_prompt, commit_step, tokens_at
 from autospec.state import Chooser, StateShape
@@ -37,6 +37,8 @@ class VerifyDraft(Pass):
     draft_len: int
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        if with_role(module, "commit"):
+            return 0
         output = module.graph.output_node()
         logits = returned(module)
         builder = Builder(module, output)
@@ -71,6 +73,8 @@ class CommitPrompt(Pass):
     sizes: StateShape
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        if with_role(module, "commit"):
+            return 0
         output = module.graph.output_node()
         logits = returned(module)
         builder = Builder(module, output)

@@ -12,7 +12,7 @@ attention, whose mask follows from kv_lens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,8 @@ class WidenDecode(Pass):
     max_position: int
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        if not any(_no_inputs_left(module)):
+            return 0
         builder = Builder(module, _first_compute_node(module))
         wide = (self.batch_size, self.max_nodes)
         tokens = builder.state("draft_tokens", wide, torch.int64)
@@ -78,6 +80,8 @@ class FeedPrompt(Pass):
     max_position: int
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        if not any(_no_inputs_left(module)):
+            return 0
         builder = Builder(module, _first_compute_node(module))
         tokens = builder.state("tokens", (self.batch_size, self.token_room), torch.int64)
         kv_lens = builder.state("kv_lens", (self.batch_size,), torch.int32)
@@ -94,7 +98,7 @@ class FeedPrompt(Pass):
         return _no_inputs_left(module)
 
 
-def _no_inputs_left(module: fx.GraphModule) -> Iterable[str]:
+def _no_inputs_left(module: fx.GraphModule) -> Iterator[str]:
     for name in ("input_ids", "position_ids"):
         if find_slot(module, name) is not None:
             yield f"{name} is still an input"

@@ -77,9 +77,11 @@ def declare(module: fx.GraphModule, slot: Slot, value: torch.Tensor | None = Non
         assert known == slot, f"slot {slot.name} was declared as {known} and again as {slot}"
         return existing
     placeholders = module.graph.find_nodes(op="placeholder")
-    last = placeholders[-1] if placeholders else None
-    context = module.graph.inserting_after(last) if last else module.graph.inserting_before(next(iter(module.graph.nodes)))
-    with context:
+    if placeholders:
+        place = module.graph.inserting_after(placeholders[-1])
+    else:
+        place = module.graph.inserting_before(next(iter(module.graph.nodes)))
+    with place:
         node = module.graph.placeholder(placeholder_name(slot.name))
     if value is None:
         with fake_mode(module):

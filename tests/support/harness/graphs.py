@@ -1,0 +1,134 @@
+"""Graphs small enough to read: a one-head language model exported by hand, and graphs written node by node."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autospec.assemble import copy_graph
+from autospec.capture import _with_slots
+from autospec.ir.build import Builder, declare
+from autospec.ir.passes import Pass, PassRecord
+from autospec.ir.runner import run_pass
+from autospec.ir.slots import Slot, slot_of, slots
+from autospec.kernels.attention import attention
+from autospec.passes.tag_roles import TagRoles
+
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
+ACCEPT = "AUTOSPEC_ACCEPT"
+VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 16, 8, 2, 1, 4
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.q_proj = torch.nn.Linear(WIDTH, HEADS * HEAD_DIM, bias=False)
+        self.k_proj = torch.nn.Linear(WIDTH, KV_HEADS * HEAD_DIM, bias=False)
+        self.v_proj = torch.nn.Linear(WIDTH, KV_HEADS * HEAD_DIM, bias=False)
+        self.o_proj = torch.nn.Linear(HEADS * HEAD_DIM, WIDTH, bias=False)
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (
+            part(x).view(batch, length, -1, HEAD_DIM).transpose(1, 2)
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = attention(q, k, v, None, 0.5, self.window, 0, 0.0)
+        return x + self.o_proj(out.reshape(batch, length, -1))
+
+
+class _Model(torch.nn.Module):
+    def __init__(self, num_layers: int, window: int, is_tied: bool) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCAB, WIDTH)
+        self.places = torch.nn.Embedding(256, WIDTH)
+        self.layers = torch.nn.ModuleList([_Layer(window) for _ in range(num_layers)])
+        self.lm_head = torch.nn.Linear(WIDTH, VOCAB, bias=False)
+        if is_tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor]:
+        x = self.embed(input_ids) + self.places(position_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return (self.lm_head(x),)
+
+
+def tiny_graph(num_layers: int = 1, window: int = 0, is_tied: bool = False) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """The model as capture leaves it: symbolic, with slots and roles; and its weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = _Model(num_layers, window, is_tied).eval().requires_grad_(False)
+    inputs = (torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64))
+    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    exported = torch.export.export(model, inputs, dynamic_shapes=(dims, dims), strict=False).run_decompositions({})
+    module, weights = _with_slots(exported, "tiny")
+    run_pass(module, TagRoles())
+    return module, weights
+
+
+def sketch(slots_: list[Slot], write: Callable[..., Any]) -> fx.GraphModule:
+    """A static graph over these slots; `write(builder, *placeholders)` emits its nodes and returns the outputs."""
+    module = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    module.meta.update(device=torch.device("cpu"), fake_mode=FakeTensorMode(allow_non_fake_inputs=True))
+    output = module.graph.output(())
+    placeholders = [declare(module, slot) for slot in slots_]
+    results = write(Builder(module, output, "sketch"), *placeholders)
+    output.args = (tuple(results) if isinstance(results, (list, tuple)) else (results,),)
+    module.recompile()
+    return module
+
+
+def apply(module: fx.GraphModule, *passes: Pass) -> list[PassRecord]:
+    """Run passes as the compiler does."""
+    return [run_pass(module, one) for one in passes]
+
+
+def after(module: fx.GraphModule, *passes: Pass) -> fx.GraphModule:
+    """A copy of the graph with these passes applied."""
+    duplicate = copy_graph(module)
+    duplicate.meta.update(module.meta)
+    apply(duplicate, *passes)
+    return duplicate
+
+
+def evaluate(module: fx.GraphModule, values: Mapping[str, Tensor]) -> Any:
+    """Run a graph; state in `values` is written in place."""
+    arguments = [values[slot_of(node).name] for node in module.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        return fx.Interpreter(module).run(*arguments)
+
+
+def new_state(module: fx.GraphModule) -> dict[str, Tensor]:
+    """Fresh state of a graph."""
+    return {
+        slot.name: torch.full(slot.shape, slot.fill, dtype=slot.dtype) for slot in slots(module) if slot.kind == "state"
+    }
+
+
+def renamed(text: str) -> str:
+    """Graph text with calls numbered in order of appearance: names of exported nodes differ between torch versions."""
+    names: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for name, target in re.findall(r"^%(\w+) = (?:\w+\.)?(\w+)[\w.]*\(", text, re.MULTILINE):
+        number = counts[target] = counts.get(target, -1) + 1
+        names[name] = f"{target}_{number}" if number else target
+    return re.sub(r"%(\w+)", lambda found: f"%{names.get(found[1], found[1])}", text)
+
+
+def check_golden(name: str, text: str) -> None:
+    """Compare with tests/golden/<name>.txt; AUTOSPEC_ACCEPT=1 writes it instead."""
+    text = renamed(text)
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get(ACCEPT):
+        path.write_text(text)
+    assert path.exists(), f"{path.name} does not exist yet: look at the text, then accept it with {ACCEPT}=1\n{text}"
+    assert text == path.read_text(), f"the text differs from {path.name}; if that is right, accept it with {ACCEPT}=1"

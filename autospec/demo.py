@@ -20,7 +20,7 @@ from autospec.model_zoo.bundled import demo_prompts, resolve
 # Draft lengths that were fastest on two cores of an AMD EPYC with the bundled models, see BENCHMARKS.md.
 NGRAM_DRAFT_LEN = 6
 MODEL_DRAFT_LEN = 4
-MAX_LENGTH = 512
+MAX_LENGTH = 384  # prompts have at most 200 tokens
 
 
 @dataclass

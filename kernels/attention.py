@@ -25,12 +25,13 @@ def attend(
     kv_heads, v_dim = k.shape[2], v.shape[3]
     group = q_heads // kv_heads
     # Queries that share a K/V head become rows of one matrix: K and V are read once and never repeated.
-    rows = q.reshape(batch, q_len, kv_heads, group, q.shape[3]).permute(0, 2, 1, 3, 4).reshape(batch, kv_heads, q_len * group, -1)
+    rows = q.reshape(batch, q_len, kv_heads, group, -1).transpose(1, 2).reshape(batch, kv_heads, q_len * group, -1)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     mask = visible[:, None, :, None, :].expand(-1, -1, -1, group, -1).reshape(visible.shape[0], 1, q_len * group, -1)
     if bias is not None:
         shape = (batch, kv_heads, group, q_len, k.shape[1])
-        bias = bias.expand(batch, q_heads, q_len, -1).reshape(shape).transpose(2, 3).reshape(batch, kv_heads, q_len * group, -1)
+        bias = bias.expand(batch, q_heads, q_len, -1).reshape(shape).transpose(2, 3)
+        bias = bias.reshape(batch, kv_heads, q_len * group, -1)
         if softcap == 0.0 and sinks is None:
             mask = torch.where(mask, bias, float("-inf")).to(q.dtype)
     if softcap == 0.0 and sinks is None:
@@ -43,7 +44,8 @@ def attend(
             scores = scores + bias
         scores = scores.masked_fill(~mask, float("-inf"))
         if sinks is not None:
-            extra = sinks.float().reshape(1, kv_heads, 1, group).expand(batch, -1, q_len, -1).reshape(batch, kv_heads, -1, 1)
+            extra = sinks.float().reshape(1, kv_heads, 1, group).expand(batch, -1, q_len, -1)
+            extra = extra.reshape(batch, kv_heads, -1, 1)
             scores = torch.cat([scores, extra], dim=-1)
         weights = torch.softmax(scores, dim=-1)[..., : k.shape[1]]
         out = torch.matmul(weights.to(values.dtype), values)

@@ -32,7 +32,7 @@ def last_rows(hidden: Tensor, q_lens: Tensor) -> Tensor:
 
 @kernel_op()
 def tokens_at(tokens: Tensor, starts: Tensor, count: int) -> Tensor:
-    """tokens [B, T] int64, starts [B] -> [B, count] int64: `count` consecutive tokens from `starts` on, clamped to T."""
+    """tokens [B, T] int64, starts [B] -> [B, count] int64: `count` tokens in a row from `starts` on, clamped to T."""
     slot = starts.long()[:, None] + torch.arange(count, device=tokens.device)[None, :]
     return tokens.gather(1, slot.clamp(0, tokens.shape[1] - 1))
 
@@ -72,11 +72,12 @@ def commit_step(
     Where the draft is a chain longer than this step verified, its next token is compared with the bonus token and
     counted at depth L + 1. Mutates tokens, kv_lens, finished, accept_counts.
     """
-    batch, steps = accept_path.shape
+    steps = accept_path.shape[1]
     index = torch.arange(steps, device=tokens.device)[None, :]
     live = ~finished & (kv_lens >= prompt_lens)
     following = torch.nn.functional.pad(accept_path[:, 1:].long(), (0, 1), value=-1)
-    run = torch.where(index == accept_length[:, None], bonus_token[:, None], draft_tokens.gather(1, following.clamp(min=0)))
+    accepted = draft_tokens.gather(1, following.clamp(min=0))
+    run = torch.where(index == accept_length[:, None], bonus_token[:, None], accepted)
     offered = index <= accept_length[:, None]
     is_eos = (run[:, :, None] == eos_ids[None, None, :]).any(2) & offered
     first_eos = torch.where(is_eos, index, steps).amin(1)

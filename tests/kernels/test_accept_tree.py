@@ -91,7 +91,8 @@ def test_two_children_with_one_token_follow_the_lower_index(interpreted):
 def test_order_of_distinct_siblings_is_irrelevant(interpreted):
     target, draft = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[1, 3, 4, 6]])
     parents = torch.tensor([[-1, 0, 0, 2]], dtype=torch.int32)
-    swapped = torch.tensor([[4, 6, 5, 7]]), torch.tensor([[1, 4, 3, 6]]), torch.tensor([[-1, 0, 0, 1]], dtype=torch.int32)
+    other_parents = torch.tensor([[-1, 0, 0, 1]], dtype=torch.int32)
+    swapped = torch.tensor([[4, 6, 5, 7]]), torch.tensor([[1, 4, 3, 6]]), other_parents
     for one, other in zip(both(interpreted, target, draft, parents, 2), both(interpreted, *swapped, 2), strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[2], other[2])

@@ -51,7 +51,8 @@ def make_case(seed, parents, vocab_size, options, *, first_node=0, rows=None) ->
         kv_lens=torch.randint(0, 1000, (batch,), generator=g).int(),
         row_keys=torch.randint(-(2**63), 2**63 - 1, (batch,), generator=g),
         temperature=temperature.float(), top_k=top_k.int(), top_p=top_p.float(), min_p=min_p.float(),
-        repetition_penalty=penalty.float(), seen=torch.rand(batch, vocab_size, generator=g) < 0.2, first_node=first_node,
+        repetition_penalty=penalty.float(), seen=torch.rand(batch, vocab_size, generator=g) < 0.2,
+        first_node=first_node,
     )
 
 
@@ -205,7 +206,8 @@ def test_padded_logits_rows_are_read_by_stride(interpreted):
 
 
 @settings(max_examples=15, deadline=None, print_blob=True)
-@given(seed=st.integers(0, 2**32 - 1), vocab_size=st.sampled_from([1, 9, 2048, 2049, 6000]), step=st.sampled_from([0.0, 0.5]))
+@given(seed=st.integers(0, 2**32 - 1), vocab_size=st.sampled_from([1, 9, 2048, 2049, 6000]),
+       step=st.sampled_from([0.0, 0.5]))
 def test_greedy_equals_argmax(interpreted, seed, vocab_size, step):
     logits = torch.randn(2, 3, vocab_size, generator=torch.Generator().manual_seed(seed))
     if step:

@@ -72,7 +72,8 @@ def test_every_accept_count(interpreted, length):
 
 def test_compacting_a_chain_changes_nothing(interpreted):
     (pages,), table = paged(torch.Generator().manual_seed(3), 2, 4, 4)
-    case = table, torch.tensor([1, 6]).int(), torch.tensor([[0, 1, 2, 3], [0, 1, -1, -1]]).int(), torch.tensor([3, 1]).int()
+    path = torch.tensor([[0, 1, 2, 3], [0, 1, -1, -1]]).int()
+    case = table, torch.tensor([1, 6]).int(), path, torch.tensor([3, 1]).int()
     for move in (compact_kv, lambda *args: interpreted(FILE, "compact_kv_triton", *args)):
         moved = pages.clone()
         move([moved], *case)
@@ -82,7 +83,8 @@ def test_compacting_a_chain_changes_nothing(interpreted):
 @pytest.mark.parametrize("bug", ["reads after writes", "one row too few", "path of another request"])
 def test_planted_bugs_are_caught(bug):
     (pages,), table = paged(torch.Generator().manual_seed(4), 2, 4, 4)
-    kv_lens, path, length = torch.tensor([3, 5]).int(), torch.tensor([[0, 2, 3], [0, 1, 4]]).int(), torch.tensor([2, 2]).int()
+    kv_lens, length = torch.tensor([3, 5]).int(), torch.tensor([2, 2]).int()
+    path = torch.tensor([[0, 2, 3], [0, 1, 4]]).int()
     moved = pages.clone()
     if bug == "reads after writes":
         for b in range(2):

@@ -1,4 +1,4 @@
-"""Every kernel compiles for an H100 on a machine without one: the interpreter accepts much that the compiler does not."""
+"""Every kernel compiles for an H100 on a machine without one: the interpreter accepts what the compiler does not."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ LAUNCHES = {
     "best_in_blocks": ("choose_tokens", "choose_greedy_triton", lambda: (torch.zeros(2, 3, 5000).bfloat16(),)),
     "pick_in_blocks": ("choose_tokens", "choose_tokens_triton", lambda: (
         torch.zeros(2, 3, 5000).bfloat16(), ints(2, 8, dtype=LONG), ints(2, 8), ints(2), ints(2, dtype=LONG),
-        torch.ones(2), ints(2), torch.ones(2), torch.zeros(2), torch.ones(2), torch.zeros(2, 5000, dtype=torch.bool), 1)),
+        torch.ones(2), ints(2), torch.ones(2), torch.zeros(2), torch.ones(2), torch.zeros(2, 5000).bool(), 1)),
 }
 
 
@@ -90,27 +90,30 @@ def test_kernels_compile(monkeypatch, kernel):
     assert kernel in compile_call(monkeypatch, file, function, *arguments())
 
 
-ATTENTION = {
-    "chain": dict(q_len=8), "tree": dict(q_len=64, has_tree=True), "many rows": dict(q_len=64, has_tree=True, batch=16),
-    "window, chunk, sinks, slopes": dict(q_len=40, has_tree=True, window=100, chunk=64, has_extras=True),
-    "softcap, head dim 256": dict(q_len=9, head_dim=256, softcap=50.0), "head dim 512": dict(q_len=40, head_dim=512),
-    "float32, head dim 512": dict(q_len=40, head_dim=512, dtype=torch.float32), "page 128": dict(q_len=8, page=128),
-    "page 8": dict(q_len=8, page=8),
+ATTENTION: dict[str, dict[str, Any]] = {
+    "chain": {"q_len": 8}, "tree": {"q_len": 64, "has_tree": True}, "page 128": {"page": 128}, "page 8": {"page": 8},
+    "many rows": {"q_len": 64, "has_tree": True, "batch": 16},
+    "window, chunk, sinks, slopes": {"q_len": 40, "has_tree": True, "window": 100, "chunk": 64, "has_extras": True},
+    "softcap, head dim 256": {"q_len": 9, "head_dim": 256, "softcap": 50.0},
+    "head dim 512": {"q_len": 40, "head_dim": 512},
+    "float32, head dim 512": {"q_len": 40, "head_dim": 512, "dtype": torch.float32},
 }
+DEFAULTS = {"batch": 1, "q_len": 8, "page": 16, "head_dim": 128, "dtype": torch.bfloat16, "window": 0, "chunk": 0,
+            "softcap": 0.0, "has_tree": False, "has_extras": False}
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_paged_attention_compiles(monkeypatch, name):
-    case = dict(batch=1, page=16, head_dim=128, dtype=torch.bfloat16, window=0, chunk=0, softcap=0.0,
-                has_tree=False, has_extras=False) | ATTENTION[name]
-    batch, q_len, pages = case["batch"], case["q_len"], torch.zeros(3, case["page"], 8, case["head_dim"], dtype=case["dtype"])
+    case = DEFAULTS | ATTENTION[name]
+    batch, q_len, head_dim, dtype = case["batch"], case["q_len"], case["head_dim"], case["dtype"]
+    pages = torch.zeros(3, case["page"], 8, head_dim, dtype=dtype)
     tree_mask = ints(batch, q_len, (q_len + 31) // 32) if case["has_tree"] else None
     extras = torch.zeros(32) if case["has_extras"] else None
     kernels = compile_call(
         monkeypatch, "paged_attention", "paged_attention_triton",
-        torch.zeros(batch, q_len, 32, case["head_dim"], dtype=case["dtype"]), pages, pages, ints(batch, 200), ints(batch),
-        ints(batch) if case["has_extras"] else None, tree_mask, extras, 0.1, case["window"], case["chunk"], case["softcap"],
-        extras,
+        torch.zeros(batch, q_len, 32, head_dim, dtype=dtype), pages, pages, ints(batch, 200), ints(batch),
+        ints(batch) if case["has_extras"] else None, tree_mask, extras, 0.1, case["window"], case["chunk"],
+        case["softcap"], extras,
     )
     assert kernels[0] == "attend_split"
 
@@ -126,5 +129,5 @@ def test_a_kernel_that_cannot_be_compiled_is_caught(monkeypatch):
             b_x = launch.tl.load(p_x + i)
         launch.tl.store(p_x, b_x)
 
-    with pytest.raises(Exception, match="not a triton value|planted"):
+    with pytest.raises(Exception, match=r"not a triton value|planted"):
         Compiler()(planted)[(1,)](torch.zeros(2))

@@ -91,7 +91,8 @@ def test_tokens_past_the_known_ones_are_not_looked_at(interpreted):
 
 @pytest.mark.parametrize("bug", ["a match of one token", "the root is not part of the suffix", "limits ignored"])
 def test_planted_bugs_are_caught(bug):
-    tokens, kv_lens, limits = torch.tensor([[1, 2, 3, 9, 1, 2, 7, 3]]), torch.tensor([7]).int(), torch.tensor([99]).int()
+    tokens = torch.tensor([[1, 2, 3, 9, 1, 2, 7, 3]])
+    kv_lens, limits = torch.tensor([7]).int(), torch.tensor([99]).int()
     if bug == "a match of one token":
         result = torch.tensor([[3, 9, 1]]), torch.tensor([[-1, 0, 1]]).int()
     elif bug == "the root is not part of the suffix":
@@ -108,5 +109,6 @@ def test_planted_bugs_are_caught(bug):
 def test_triton_on_the_gpu(cuda):
     tokens, kv_lens, limits = make_case(3, width=5000, alphabet=20)
     for is_oldest in (False, True):
-        result = torch.ops.autospec_triton.ngram_propose(*(x.to(cuda) for x in (tokens, kv_lens, limits)), 7, 4, is_oldest)
+        on_gpu = (x.to(cuda) for x in (tokens, kv_lens, limits))
+        result = torch.ops.autospec_triton.ngram_propose(*on_gpu, 7, 4, is_oldest)
         check_proposal(tokens, kv_lens, limits, 7, 4, is_oldest, *(x.cpu() for x in result))

@@ -73,7 +73,7 @@ def make_case(seed, parents, *, group=2, kv_heads=2, dims=(8, 8), page=4, max_le
 
 
 def seen_rows(case: Case, b: int, node: int) -> list[tuple[int, int]]:
-    """(slot, position) of what a node sees, from the definition: committed rows, ancestors and itself, which is last."""
+    """(slot, position) of what a node sees, by definition: committed rows, ancestors and itself, which is last."""
     start = int(case.kv_lens[b])
     if case.parents is None:
         path = list(range(node + 1))
@@ -199,7 +199,7 @@ def test_every_alignment_of_the_committed_rows(random_parents, interpreted, kv_l
 
 
 def test_a_window_counts_positions_not_slots(interpreted):
-    """Seven siblings sit in slots 10 ... 16, all at position 10: a window of 4 shows each the rows 7, 8, 9 and itself."""
+    """Seven siblings sit in slots 10 ... 16, all at position 10: a window of 4 shows each 7, 8, 9 and itself."""
     parents = torch.tensor([[-1, *[0] * 7]], dtype=torch.int32)
     case = replace(make_case(3, parents, window=4), kv_lens=torch.tensor([9]).int())
     assert slots_of(case, 0, 7) == [7, 8, 9, 16]
@@ -320,7 +320,8 @@ def test_planted_bugs_are_caught(interpreted, bug, is_triton):
 
 def test_attention_as_captured_equals_the_paged_one():
     case = make_case(14, (2, 11), window=5, sinks=torch.randn(4, dtype=torch.float64), max_len=0)
-    k, v = (pages[case.page_table.long()].flatten(1, 2)[:, :11].transpose(1, 2) for pages in (case.k_pages, case.v_pages))
+    table = case.page_table.long()
+    k, v = (pages[table].flatten(1, 2)[:, :11].transpose(1, 2) for pages in (case.k_pages, case.v_pages))
     out = attention(case.q.transpose(1, 2), k, v, case.sinks, scale=case.scale, window=5)
     check_attention(case, out, 0.0)
 
@@ -337,7 +338,8 @@ GPU_CASES = {
     "slopes": {"parents": 30, "max_len": 200, "kv_heads": 4, "group": 1, "dims": (64, 64), "page": 128,
                "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)},
     "head dims 80 and 96": {"parents": 12, "max_len": 150, "kv_heads": 2, "group": 1, "dims": (80, 96), "page": 8},
-    "head dim 192 and 128": {"parents": (2, 40), "max_len": 100, "kv_heads": 2, "group": 3, "dims": (192, 128), "page": 64},
+    "head dim 192 and 128": {"parents": (2, 40), "max_len": 100, "kv_heads": 2, "group": 3, "dims": (192, 128),
+                             "page": 64},
     "head dim 512": {"parents": (1, 3), "max_len": 100, "kv_heads": 1, "group": 4, "dims": (512, 512), "page": 16},
     "prefill": {"parents": (2, 200), "max_len": 50, "kv_heads": 1, "group": 2, "dims": (128, 128), "page": 16,
                 "q_lens": torch.tensor([200, 77]).int()},

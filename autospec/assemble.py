@@ -31,10 +31,13 @@ from autospec.program import CapturedModel, Graph, ModelFacts, Program, Shape
 def capture_model(model: Any, name: str = "target") -> CapturedModel:
     """Export a Hugging Face causal LM, recognise its attention, and check that decoding it step by step is legal."""
     exported = export_model(model)
-    limit = max_positions_of(model)
+    limit = exported.max_positions
     records = run_stages(
         exported.graph, pipeline.understand(limit), graph_name=f"{name}.capture", debug=debug.options()
     )
+    if limit < max_positions_of(model):
+        told = f"rotary frequencies change past position {limit - 1}, which would rewrite the cache: at most {limit} positions"
+        records.append(PassRecord(f"{name}.capture", "capture", "rotary-within", 0, (), (told,), 0, 0, 0.0))
     weights = exported.weights | constants_of(exported.graph)
     used = {slot.name for slot in slots(exported.graph)}
     weights = {name: tensor for name, tensor in weights.items() if name in used}
@@ -72,19 +75,20 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 def build_program(
     target: CapturedModel, draft: CapturedModel | None, speculation: Speculation, shape: Shape, compile: str,
-    weights: dict[str, Tensor] | None = None, progress: bool = False,
+    weights: dict[str, Tensor] | None = None, progress: bool = False, left_out: frozenset[str] = frozenset(),
 ) -> Program:  # fmt: skip
     """Run the pipeline for prefill and every step, lower the graphs and collect what they need.
 
     Args:
         weights: tensors of earlier programs by slot name; shared so that fused weights exist once.
+        left_out: names of optional passes that do not run.
     """
     records: list[PassRecord] = []
     options = debug.options()
 
     def run(source: CapturedModel, stages: Any, name: str) -> fx.GraphModule:
         module = copy_graph(source.graph)
-        records.extend(run_stages(module, stages, graph_name=name, debug=options))
+        records.extend(run_stages(module, stages, graph_name=name, debug=options, left_out=left_out))
         return module
 
     parts = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,7 @@ class _Recorder:
     attention_calls: int = 0
     masks_asked: int = 0
     replaying: bool = False
+    is_token_local: bool = False
 
 
 _recorder: _Recorder | None = None
@@ -99,6 +100,8 @@ def _attention(
     extra = s_aux if s_aux is not None else sinks
     if query.shape[1] % key.shape[1]:
         raise CaptureError(f"{query.shape[1]} query heads do not group over {key.shape[1]} K/V heads", where=where)
+    if _recorder.is_token_local:
+        return token_local(query, key, value), None
     out = attention(
         query, key, value, None if extra is None else extra.reshape(-1),
         float(scaling if scaling is not None else query.shape[-1] ** -0.5),
@@ -142,6 +145,46 @@ def through_interfaces(model: Any, experts: str = "grouped_mm") -> Iterator[bool
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def rotary_within(model: Any) -> Iterator[int | None]:
+    """Keep rotary embeddings that change with the longest position (longrope, dynamic) as they are for short texts.
+
+    Yields how many positions that holds for; None: for all. On exit every module is as it was.
+    """
+    limit: int | None = None
+    saved: list[tuple[Any, Any, dict[str, Tensor]]] = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        by_layer: dict[str, Any] = kinds if isinstance(kinds, dict) else {"": kinds}
+        switching = [layer for layer, kind in by_layer.items() if kind == "longrope" or "dynamic" in str(kind)]
+        if not switching:
+            continue
+        buffers = dict(module.named_buffers(recurse=False))
+        saved.append((module, kinds, buffers))
+        for layer in switching:
+            limit = min(limit or _MOST_POSITIONS, _switches_at(module, layer, by_layer[layer]))
+            prefix = f"{layer}_" if layer else ""
+            original = getattr(module, f"{prefix}original_inv_freq")
+            setattr(module, f"{prefix}inv_freq", original.clone())
+        frozen = {layer: "default" if layer in switching else kind for layer, kind in by_layer.items()}
+        module.rope_type = frozen if isinstance(kinds, dict) else "default"
+    try:
+        yield limit
+    finally:
+        for module, kinds, buffers in saved:
+            module.rope_type = kinds
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)
+
+
+def _switches_at(module: Any, layer: str, kind: str) -> int:
+    """The number of positions after which a rotary embedding changes its frequencies."""
+    if kind == "longrope":
+        parameters = module.config.rope_parameters
+        return int((parameters[layer] if layer else parameters)["original_max_position_embeddings"])
+    return int(module.original_max_seq_len)
+
+
 class _Logits(torch.nn.Module):
     """input_ids [B, S], position_ids [B, S] -> logits [B, S, V] of the wrapped model."""
 
@@ -174,12 +217,16 @@ class Exported:
     weights: dict[str, Tensor]
     attention_calls: int
     through_interface: bool
+    max_positions: int
 
 
 def text_config(model: Any) -> Any:
     """The configuration of the language model inside a (possibly composite) model."""
     config = model.config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+_MOST_POSITIONS = 1 << 20
 
 
 def max_positions_of(model: Any) -> int:
@@ -189,7 +236,7 @@ def max_positions_of(model: Any) -> int:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    return 1 << 20
+    return _MOST_POSITIONS
 
 
 def example_inputs(model: Any, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
@@ -202,6 +249,43 @@ def example_inputs(model: Any, shape: tuple[int, int], seed: int) -> tuple[Tenso
         ids = torch.where(ids.eq(token), (ids + 1) % vocab_size, ids)
     device = next(model.parameters()).device
     return ids.to(device), torch.arange(shape[1]).expand(shape).contiguous().to(device)
+
+
+# Relative to the largest logit. The same arithmetic in another order: measured 1e-6 at most for tiny float32 models;
+# half precision rounds at 2^-8 (bf16) per layer. A guess for both, kept far below what a wrong position changes.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def compare_logits(name: str, got: Tensor, expected: Tensor, rule: str, help_text: str) -> None:
+    """Raise CaptureError with `rule` unless two tensors of logits are equal up to rounding."""
+    scale = float(expected.float().abs().max().clamp(min=1e-6))
+    error = float((got.float() - expected.float()).abs().max()) / scale
+    limit = _TOLERANCE.get(expected.dtype, 1e-2)
+    if not error <= limit:
+        raise CaptureError(f"{rule}: relative error {error:.1e}, allowed {limit:.0e}", where=name, help=help_text)
+
+
+def token_local(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Stands in for attention: every token mixes its own q, k and v and nobody else's. -> [B, S, Hq, Dv]."""
+    group = q.shape[1] // k.shape[1]
+    own = torch.tanh((q * k.repeat_interleave(group, dim=1)).float().mean(-1, keepdim=True)).to(v.dtype)
+    return (v.repeat_interleave(group, dim=1) * (1 + own)).transpose(1, 2).contiguous()
+
+
+def probe_token_mixing(name: str, run: Callable[[Tensor, Tensor], Tensor], inputs: tuple[Tensor, Tensor]) -> None:
+    """With attention made token-local, changing one token must leave the logits of all others as they were."""
+    ids, positions = inputs
+    whole = run(ids, positions)
+    for column in (0, 4):
+        changed = ids.clone()
+        changed[0, column] = (changed[0, column] + 1) % max(2, int(ids.max()))
+        got = run(changed, positions)
+        got[0, column] = whole[0, column]
+        compare_logits(
+            name, got, whole, f"a change of token {column} reaches other tokens past attention",
+            "a convolution, a recurrent state, a batch statistic or an expert capacity mixes tokens; state other than K/V "
+            "cannot be rolled back yet",
+        )  # fmt: skip
 
 
 def reserved_tokens(model: Any, shape: tuple[int, int]) -> Tensor:
@@ -225,15 +309,19 @@ def export_model(model: Any) -> Exported:
     inputs = example_inputs(model, EXAMPLE_SHAPE, seed=1)
     name = type(model).__name__
     try:
-        with through_interfaces(model) as routed, torch.no_grad():
-            _recorder = recorded = _Recorder(max_positions_of(model))
+        with through_interfaces(model) as routed, rotary_within(model) as switch, torch.no_grad():
+            limit = min(max_positions_of(model), switch or _MOST_POSITIONS)
+            _recorder = recorded = _Recorder(limit)
             wrapped(*inputs)
-            _recorder = again = _Recorder(max_positions_of(model))
+            _recorder = again = _Recorder(limit)
             wrapped(reserved_tokens(model, EXAMPLE_SHAPE), inputs[1])
             if recorded.specs != again.specs or recorded.attention_calls != again.attention_calls:
                 raise CaptureError("the attention masks depend on which tokens are read", where=name,
                                    help="a mask made of data cannot be decoded step by step")  # fmt: skip
             count = recorded.attention_calls
+            if count:
+                _recorder = _Recorder(limit, is_token_local=True)
+                probe_token_mixing(name, wrapped, inputs)
             _recorder = recorded
             _recorder.replaying = True
             dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
@@ -260,7 +348,7 @@ def export_model(model: Any) -> Exported:
             f"the model calls attention {count} times, but its graph has {found} calls", where=name,
             help="its Python code takes another path under export than in an eager run",
         )  # fmt: skip
-    return Exported(graph, weights, count, routed)
+    return Exported(graph, weights, count, routed, limit)
 
 
 def _capture_error_in(error: BaseException) -> CaptureError | None:
@@ -315,9 +403,10 @@ def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.G
             continue
         by_storage[key] = node
         short = full_name.removeprefix("model.")
-        weights[short] = tensor
         if node.name in fixed:
-            constants_of(module)[short] = tensor
+            # Models write to their buffers (rotary frequencies); parameters are shared with the model, buffers are not.
+            tensor = constants_of(module)[short] = tensor.clone()
+        weights[short] = tensor
         assign_slot(node, Slot("weight", short, tuple(tensor.shape), tensor.dtype))
     _drop_checks(module)
     module.graph.eliminate_dead_code()

@@ -12,8 +12,10 @@ import argparse
 import dataclasses
 import datetime
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
+import os
 import sys
 import time
 import traceback
@@ -45,7 +47,7 @@ class Row:
         model: the class that was built.
         drafters: whether each drafter's tokens were those of transformers; empty unless it came to that.
         acceptance: mean acceptance length of each drafter.
-        distinct: distinct tokens in the longest greedy text, which says how much the comparison is worth.
+        distinct: distinct tokens in the poorest greedy text, which says how much the comparison is worth.
         note: anything else worth knowing.
         seconds: wall time.
     """
@@ -158,10 +160,9 @@ def _worker(model_type: str, connection: Any) -> None:
     import torch
 
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    import logging
-
     logging.disable(logging.WARNING)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch prints whole graphs where an export fails
+    torch.set_num_threads(1)
     connection.send(check_type(model_type))
     connection.close()
 

@@ -21,7 +21,7 @@ from autospec.ir.sizes import constants_of
 from autospec.ir.slots import Slot, slots
 from autospec.kernels.attention import attention
 from autospec.kernels.packed_linear import pack
-from autospec.legality import check_captured
+from autospec.legality import check_captured, kept_by_cache
 from autospec.lower import lower
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
 from autospec.pipeline import DraftParts
@@ -35,9 +35,16 @@ def capture_model(model: Any, name: str = "target") -> CapturedModel:
     records = run_stages(
         exported.graph, pipeline.understand(limit), graph_name=f"{name}.capture", debug=debug.options()
     )
-    if limit < max_positions_of(model):
-        told = f"rotary frequencies change past position {limit - 1}, which would rewrite the cache: at most {limit} positions"
-        records.append(PassRecord(f"{name}.capture", "capture", "rotary-within", 0, (), (told,), 0, 0, 0.0))
+    limits = [
+        (max_positions_of(model), ""),
+        (limit, "the rotary frequencies change past them, which would rewrite the cache"),
+    ]
+    if (kept := kept_by_cache(model, exported.graph)) is not None:
+        limits.append((kept, "transformers' own cache forgets keys that the masks show past them"))
+    limit, why = min(limits, key=lambda pair: pair[0])
+    if why:
+        told = f"limited to {limit} positions: {why}"
+        records.append(PassRecord(f"{name}.capture", "capture", "limit-positions", 0, (), (told,), 0, 0, 0.0))
     weights = exported.weights | constants_of(exported.graph)
     used = {slot.name for slot in slots(exported.graph)}
     weights = {name: tensor for name, tensor in weights.items() if name in used}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor, fx
 
 from autospec.errors import CaptureError
-from autospec.ir.match import calls
+from autospec.ir.match import aten, calls, is_call
 from autospec.ir.sizes import constants_of
 from autospec.ir.slots import Slot, assign_slot
+from autospec.ir.text import node_text
 from autospec.kernels.attention import attention
 from autospec.masks import MaskSpec, UnknownMask, mask_row, spec_of_rows
 
@@ -336,6 +338,7 @@ def export_model(model: Any) -> Exported:
         reason = str(error).strip().splitlines()
         raise CaptureError(
             f"{name} cannot be exported: {type(error).__name__}: {reason[0] if reason else ''}"[:300],
+            at=_model_line(error),
             where=name,
             help="a model whose Python code branches on tensor data cannot be captured",
         ) from error
@@ -351,6 +354,12 @@ def export_model(model: Any) -> Exported:
     return Exported(graph, weights, count, routed, limit)
 
 
+def _model_line(error: BaseException) -> str | None:
+    """The innermost line of a modeling file that an error passed through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "modeling_" in f.filename.rsplit("/", 1)[-1]]
+    return f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}: {frames[-1].line}" if frames else None
+
+
 def _capture_error_in(error: BaseException) -> CaptureError | None:
     seen: BaseException | None = error
     while seen is not None:
@@ -358,6 +367,10 @@ def _capture_error_in(error: BaseException) -> CaptureError | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+# Ops whose results have sizes or Python values that only the data tells.
+_DATA_DEPENDENT = (aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten.unique_consecutive)
 
 
 def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.GraphModule, dict[str, Tensor]]:
@@ -410,6 +423,13 @@ def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.G
         assign_slot(node, Slot("weight", short, tuple(tensor.shape), tensor.dtype))
     _drop_checks(module)
     module.graph.eliminate_dead_code()
+    for node in module.graph.nodes:
+        if is_call(node, _DATA_DEPENDENT):
+            raise CaptureError(
+                "the shapes inside the model depend on its data, so it has no static graph", at=node_text(node),
+                where=f"{name} {node.meta['module']}".strip(),
+                help="experts that split tokens by counting them are the usual reason; transformers' experts interface helps",
+            )  # fmt: skip
     module.meta["device"] = next(iter(weights.values())).device
     output = module.graph.output_node()
     output.args = (tuple(output.args[0]),)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from autospec.capture import compare_logits, eager_logits, example_inputs, probe_token_mixing, token_local
 from autospec.errors import CaptureError
-from autospec.ir.match import calls
+from autospec.ir.match import argument, calls
 from autospec.ir.passes import Refusal
 from autospec.ir.slots import slot_of
 from autospec.kernels.attention import attention
@@ -63,7 +63,13 @@ def check_captured(
     for shape in ((3, 7), (1, 13)):
         ids, positions = example_inputs(model, shape, seed=shape[1])
         expected = eager_logits(model, ids, positions)
-        got = run_captured(graph, weights, ids, positions)
+        try:
+            got = run_captured(graph, weights, ids, positions)
+        except Exception as error:
+            raise CaptureError(
+                f"the captured graph does not run at batch {shape[0]}, length {shape[1]}: {type(error).__name__}: {error}"[:300],
+                where=name, help="the model's Python code loops over its tokens, or fixes a size that export did not notice",
+            ) from error  # fmt: skip
         compare_logits(name, got, expected, f"the captured graph differs from the model at batch {shape[0]}, length {shape[1]}",
                  "the model does something with its shapes that export did not keep")  # fmt: skip
     probe_token_mixing(
@@ -71,6 +77,25 @@ def check_captured(
         example_inputs(model, (2, 11), seed=11),
     )  # fmt: skip
     probe_split_invariance(name, model, graph, weights)
+
+
+def kept_by_cache(model: Any, graph: fx.GraphModule) -> int | None:
+    """Positions up to which transformers' own cache holds every key that the model's masks show; None: all.
+
+    A few models configure a window for the cache that their masks do not have: past it, their cached text differs from
+    their uncached one.
+    """
+    from transformers import DynamicCache
+
+    try:
+        layers: list[Any] = DynamicCache(config=model.config).layers
+    except Exception:  # no cache of the usual kind
+        return None
+    windows = [int(layer.sliding_window) if getattr(layer, "is_sliding", False) else 0 for layer in layers]
+    shown = [max(argument(node, "window"), argument(node, "chunk")) for node in calls(graph, attention)]
+    if len(shown) != len(windows):  # shared or repeated layers: any window will do
+        shown = [min((w for w in shown if w), default=0)] * len(windows)
+    return min((kept for kept, seen in zip(windows, shown, strict=True) if kept and not 0 < seen <= kept), default=None)
 
 
 def probe_split_invariance(name: str, model: Any, graph: fx.GraphModule, weights: dict[str, Tensor]) -> None:

@@ -105,6 +105,8 @@ def _decode(model: Any, prompts: list[list[int]], drafters: Sequence[str], row: 
     check_causal_lm(model)
     target = capture_model(model)
     expected, note = reference_tokens(model, prompts, NEW_TOKENS)
+    told = [detail for record in target.records if record.name == "limit-positions" for detail in record.details]
+    note = "; ".join([*told, *([note] if note else [])])
     same: dict[str, bool] = {}
     acceptance: dict[str, float] = {}
     for drafter in drafters:

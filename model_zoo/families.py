@@ -78,3 +78,4 @@ _add(
     "the default fails its own validation",
     text_config={"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
 )
+_add("moshi", "its cache forgets past sliding_window what its mask shows; decoded within it", sliding_window=64)

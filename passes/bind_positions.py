@@ -40,12 +40,12 @@ class BindPositions(Pass):
             return 0
         count = 0
         for node, offset in list(_counted(module)):
-            if not position_ids.users:
-                position_ids.meta["val"] = input_ids.meta["val"]
-            lifted = _lift(node, position_ids.meta["val"])
+            positions = position_ids if position_ids.users else input_ids  # export gave unused ones sizes of their own
+            lifted = _lift(node, positions.meta["val"])
             if isinstance(lifted, str):
                 notes.refuse(node, lifted)
                 continue
+            position_ids.meta["val"] = positions.meta["val"]
             _replace(module, node, position_ids, offset, lifted)
             count += 1
         return count

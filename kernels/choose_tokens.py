@@ -93,7 +93,8 @@ def mark_seen(seen: Tensor, emitted: Tensor) -> None:
     seen.copy_(seen | (hits > 0))
 
 
-BLOCK_V = 2048  # ids per program; the sums of the filters run in this order, so it must not depend on the shape
+BLOCK_V = 2048  # ids per program
+SEARCH_V = 8192  # ids at a time in the search for cut-offs: sums run in this order, so it must not depend on the shape
 
 # A program serves one row (i_r: request i_b, node i_n) and a block of token ids (o_v). The noise, penalty, temperature
 # and filters are recomputed from the logits where they are needed: nothing of size [B, R, V] is ever written.
@@ -127,33 +128,35 @@ def warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, dept
 
 @jit
 def ordered(b_score):
-    """Scores as int64 in [0, 2^32) with the same order; both zeros are one number."""
+    """Scores as uint32 with the same order; both zeros are one number."""
     bits = tl.where(b_score == 0.0, 0.0, b_score).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
 
 @jit
 def find_kth(
     p_logits, p_seen, p_draft, p_parents, vocab_size, i_n, depth, penalty, temperature, top_k, BLOCK_V: tl.constexpr
 ):
-    """The k-th best score of a row, as `ordered`: two bits at a time, 16 passes over the row instead of a sort."""
-    kth = tl.full((), 0, tl.int64)
-    for i_bit in range(16):
-        unit = tl.full((), 1, tl.int64) << (30 - 2 * i_bit)
-        b_1 = tl.zeros((BLOCK_V,), tl.int32)
-        b_2 = tl.zeros((BLOCK_V,), tl.int32)
-        b_3 = tl.zeros((BLOCK_V,), tl.int32)
+    """The k-th best score of a row, as `ordered`: eight bits at a time, four passes over the row instead of a sort."""
+    o_bin = tl.arange(0, 256)
+    kth = tl.full((), 0, tl.uint32)
+    shift = tl.full((), 24, tl.uint32)
+    rank = top_k
+    for _ in range(4):
+        b_count = tl.zeros((256,), tl.int32)
         for i_v in range(0, vocab_size, BLOCK_V):
             o_v = i_v + tl.arange(0, BLOCK_V)
             b_score = warm_scores(
                 p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature
             )
-            b_key = tl.where(o_v < vocab_size, ordered(b_score), -1)
-            b_1 += (b_key >= kth + unit).to(tl.int32)
-            b_2 += (b_key >= kth + 2 * unit).to(tl.int32)
-            b_3 += (b_key >= kth + 3 * unit).to(tl.int32)
-        enough_1, enough_2, enough_3 = tl.sum(b_1, 0) >= top_k, tl.sum(b_2, 0) >= top_k, tl.sum(b_3, 0) >= top_k
-        kth += (enough_1.to(tl.int64) + enough_2.to(tl.int64) + enough_3.to(tl.int64)) * unit
+            b_digits = ordered(b_score) >> shift
+            m_open = (o_v < vocab_size) & ((b_digits >> 8) == kth)
+            b_count += tl.histogram((b_digits & 255).to(tl.int32), 256, mask=m_open)
+        b_from_top = tl.sum(b_count, 0) - tl.cumsum(b_count, 0) + b_count
+        digit = tl.sum((b_from_top >= rank).to(tl.int32), 0) - 1
+        rank -= tl.sum(tl.where(o_bin > digit, b_count, 0), 0)
+        kth = kth * 256 + digit.to(tl.uint32)
+        shift -= 8
     return kth
 
 
@@ -164,7 +167,7 @@ def find_nucleus(
 ):
     """The lowest score that top-p keeps of those from kth up, and how many of its ties (the lowest ids) it drops.
 
-    Built like find_kth: the highest number with no more than (1 - top_p) of the mass below it.
+    It is the highest number with no more than (1 - top_p) of the mass below it, built two bits at a time.
     """
     b_mass = tl.zeros((BLOCK_V,), tl.float32)
     for i_v in range(0, vocab_size, BLOCK_V):
@@ -172,10 +175,10 @@ def find_nucleus(
         b_score = warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
         b_mass += tl.where(ordered(b_score) >= kth, tl.exp(b_score - best), 0.0)
     bound = (1.0 - top_p) * tl.sum(b_mass, 0)
-    floor = tl.full((), 0, tl.int64)
+    floor = tl.full((), 0, tl.uint32)
+    unit = tl.full((), 1 << 30, tl.uint32)
     below = tl.full((), 0.0, tl.float32)
-    for i_bit in range(16):
-        unit = tl.full((), 1, tl.int64) << (30 - 2 * i_bit)
+    for _ in range(16):
         b_1 = tl.zeros((BLOCK_V,), tl.float32)
         b_2 = tl.zeros((BLOCK_V,), tl.float32)
         b_3 = tl.zeros((BLOCK_V,), tl.float32)
@@ -190,9 +193,10 @@ def find_nucleus(
             b_2 += tl.where(b_key < floor + 2 * unit, b_mass, 0.0)
             b_3 += tl.where(b_key < floor + 3 * unit, b_mass, 0.0)
         mass_1, mass_2, mass_3 = tl.sum(b_1, 0), tl.sum(b_2, 0), tl.sum(b_3, 0)
-        digit = (mass_1 <= bound).to(tl.int64) + (mass_2 <= bound).to(tl.int64) + (mass_3 <= bound).to(tl.int64)
+        digit = (mass_1 <= bound).to(tl.uint32) + (mass_2 <= bound).to(tl.uint32) + (mass_3 <= bound).to(tl.uint32)
         below = tl.where(digit == 3, mass_3, tl.where(digit == 2, mass_2, tl.where(digit == 1, mass_1, below)))
         floor += digit * unit
+        unit = unit >> 2
     top = ordered(best)
     takes_all = floor > top
     floor = tl.minimum(floor, top)
@@ -227,7 +231,7 @@ def find_cutoffs(
     p_draft += i_b * q_len
     p_parents += i_b * q_len
     best = tl.full((), -float("inf"), tl.float32)
-    floor = tl.full((), 0, tl.int64)
+    floor = tl.full((), 0, tl.uint32)
     first = tl.full((), 0, tl.int32)
     has_top_k = (top_k > 0) & (top_k < vocab_size)
     if (temperature != 0.0) & (has_top_k | (top_p < 1.0) | (min_p > 0.0)):
@@ -260,7 +264,7 @@ def find_cutoffs(
                 first = tl.maximum(first, tl.max(tl.where(m_dropped, o_v + 1, 0), 0))
                 passed += tl.sum(b_tie, 0)
     tl.store(p_best + i_r, best)
-    tl.store(p_floor + i_r, floor)
+    tl.store(p_floor + i_r, floor.to(tl.int32, bitcast=True))
     tl.store(p_first + i_r, first)
 
 
@@ -282,13 +286,16 @@ def pick_in_blocks(
     divisor = tl.where(temperature == 0.0, 1.0, temperature)
     b_score = warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, divisor)
     if temperature != 0.0:
-        floor, first, best = tl.load(p_floor + i_r), tl.load(p_first + i_r), tl.load(p_best + i_r)
-        b_key = ordered(b_score)
-        m_kept = (b_key > floor) | ((b_key == floor) & (o_v >= first))
-        m_kept &= tl.exp(b_score - best) >= tl.load(p_min_p + i_b)
+        best = tl.load(p_best + i_r)
+        if best > -float("inf"):  # no filter is on otherwise
+            floor, first = tl.load(p_floor + i_r).to(tl.uint32, bitcast=True), tl.load(p_first + i_r)
+            b_key = ordered(b_score)
+            m_kept = (b_key > floor) | ((b_key == floor) & (o_v >= first))
+            m_kept &= tl.exp(b_score - best) >= tl.load(p_min_p + i_b)
+            b_score = tl.where(m_kept, b_score, -float("inf"))
         index = tl.load(p_lens + i_b) + depth + 1
         b_noise = block_gumbel(tl.load(p_keys + i_b), index, i_v * (BLOCK_V // 4), BLOCK_V // 4)
-        b_score = tl.where(m_kept, b_score + b_noise, -float("inf"))
+        b_score += b_noise
     value = tl.max(b_score, 0)
     o_out = i_r * tl.num_programs(0) + i_v
     tl.store(p_value + o_out, value)
@@ -348,13 +355,13 @@ def choose_tokens_triton(
     q_len = draft_tokens.shape[1]
     draft_tokens, tree_parents, seen = draft_tokens.contiguous(), tree_parents.contiguous(), seen.contiguous()
     best = logits.new_empty(batch * rows, dtype=torch.float32)
-    floor = logits.new_empty(batch * rows, dtype=torch.int64)
+    floor = logits.new_empty(batch * rows, dtype=torch.int32)
     first = logits.new_empty(batch * rows, dtype=torch.int32)
     value, token = block_partials(logits)
     wrap_triton(find_cutoffs)[(batch * rows,)](
         logits, draft_tokens, tree_parents, temperature, top_k, top_p, min_p, repetition_penalty, seen,
         best, floor, first,
-        logits.stride(0), logits.stride(1), vocab_size, q_len, first_node, ROWS=rows, BLOCK_V=BLOCK_V, num_warps=8,
+        logits.stride(0), logits.stride(1), vocab_size, q_len, first_node, ROWS=rows, BLOCK_V=SEARCH_V, num_warps=16,
     )
     wrap_triton(pick_in_blocks)[(value.shape[1], batch * rows)](
         logits, draft_tokens, tree_parents, kv_lens, row_keys, temperature, min_p, repetition_penalty, seen,

@@ -114,16 +114,25 @@ class Tile:
 
 
 def choose_tile(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor) -> Tile:
-    """A tile and as many splits as fill the GPU once, from shapes alone: lengths stay on the device."""
+    """A tile and as many splits as fill the GPU, from shapes alone: lengths stay on the device.
+
+    The sizes are the best of a sweep of 60 tiles on an H100 80GB SXM, 32/8 heads of 128, bfloat16, page 16 and 64,
+    triton 3.6, 2026-11-21 (BENCHMARKS.md). 128 rows pay only where a page number serves a whole block; a second program
+    on a multiprocessor only where a split keeps 2048 slots: 1 x 64 at 16384 48.5 us with 8 splits, 61.5 with 4, but
+    16 x 16 at 2048 64.2 us with 2 and 55.7 with 1.
+    """
     batch, q_len, q_heads, head_dim = q.shape
-    kv_heads = k_pages.shape[2]
-    capacity = page_table.shape[1] * k_pages.shape[1]
+    page_size, kv_heads = k_pages.shape[1:3]
+    capacity = page_table.shape[1] * page_size
     all_rows = q_len * q_heads // kv_heads
 
     def splits(rows: int, slots: int) -> int:
         programs = batch * kv_heads * ((all_rows + rows - 1) // rows)
         count = 1
-        while count < 64 and programs * count * 2 <= multiprocessors(q) and count * 2 * slots <= capacity:
+        while count < 64 and count * 2 * slots <= capacity:
+            room = multiprocessors(q) * (2 if capacity // (count * 2) >= 2048 else 1)
+            if programs * count * 2 > room:
+                break
             count *= 2
         return count
 
@@ -133,7 +142,7 @@ def choose_tile(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor)
         rows = min(rows, 64 if row_bytes <= 512 else 32 if row_bytes <= 1024 else 16)
         slots = 32 if row_bytes <= 1024 else 16
         return Tile(rows, slots, splits(rows, slots), 4, 2 if row_bytes <= 1024 else 1)
-    if rows >= 128 and capacity // splits(128, 64) >= 1024:
+    if rows >= 128 and page_size % 64 == 0 and capacity // splits(128, 64) >= 1024:
         return Tile(128, 64, splits(128, 64), 8, 3)
     rows = min(rows, 64)
     return Tile(rows, 64, splits(rows, 64), 4, 3)

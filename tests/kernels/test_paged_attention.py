@@ -103,7 +103,7 @@ def naive_attention(case: Case) -> tuple[Tensor, Tensor]:
     size = torch.zeros_like(out)
     for b in range(batch):
         table = case.page_table[b].long()
-        k, v = (pages.double()[table].flatten(0, 1) for pages in (case.k_pages, case.v_pages))
+        k, v = (pages[table].double().flatten(0, 1) for pages in (case.k_pages, case.v_pages))
         for n in range(q_len if case.q_lens is None else int(case.q_lens[b])):
             slots, positions = map(list, zip(*seen_rows(case, b, n), strict=True))
             scores = torch.einsum("thd,hgd->hgt", k[slots], q[b, n].unflatten(0, (-1, group))) * case.scale

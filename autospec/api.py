@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autospec import debug
 from autospec.assemble import build_program, capture_model, next_power_of_two, state_bytes
 from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculation, parse_speculation
 from autospec.errors import CapacityError, OptionError
 from autospec.kernels.noise import row_key
 from autospec.loading import check_causal_lm, check_draft, draft_layers, load_model
 from autospec.lower import use_available_cores
+from autospec.pipeline import left_out
 from autospec.program import CapturedModel, Program, Shape
-from autospec.report import explain_text
+from autospec.report import explain_text, pass_table
 from autospec.runtime.metrics import Metrics
-from autospec.runtime.options import GenerateOptions, parse
+from autospec.runtime.options import GenerateOptions, check_names, parse
 from autospec.runtime.request import Request
 from autospec.runtime.session import Session
 from autospec.runtime.stopping import StopStrings
+from autospec.state import MAX_EOS
 
 _SMALLEST_BUCKET = 128  # tokens; a program for fewer would be rebuilt for the next prompt
 
@@ -46,6 +50,7 @@ class OptimizedModel:
     compile: str
     limits: Limits
     generation_defaults: Mapping[str, Any]
+    left_out: frozenset[str] = frozenset()  # names of optional passes that do not run
     show_progress: bool = False
     metrics: Metrics = field(default_factory=Metrics)
     _sessions: dict[Shape, Session] = field(default_factory=dict, repr=False)
@@ -92,42 +97,46 @@ class OptimizedModel:
         input_ids = options.pop("inputs", input_ids)
         if input_ids is None:
             raise OptionError("generate needs input_ids", at="input_ids=None", where="generate", help="pass a prompt")
-        as_dict = generation_config.to_dict() if hasattr(generation_config, "to_dict") else generation_config
-        asked = parse(options, as_dict, self.generation_defaults)
-        ids, prompts = _prompts(input_ids, attention_mask, asked.pad_id)
-        requests = self._requests(ids, prompts, asked)
+        asked = parse(options, _as_dict(generation_config), self.generation_defaults)
+        ids, prompts, histories = _prompts(input_ids, attention_mask, asked.pad_id)
+        requests = self._requests(ids, prompts, histories, asked)
         if streamer is not None and len(requests) > 1:
             raise OptionError("a streamer takes one row", at=f"{len(requests)} rows", where="generate",
                               help="generate the rows one at a time, or without a streamer")  # fmt: skip
-        self.metrics = Metrics()
-        if streamer is not None:
-            streamer.put(ids.cpu())
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         sampling = any(request.sampling.needs_scores for request in requests)
         rows = self._rows_at_once(len(requests), longest, sampling)
-        for first in range(0, len(requests), rows):
-            wave = requests[first : first + rows]
-            session = self._session(len(wave), longest, sampling)
-            session.run(wave, asked.eos_ids, self.metrics, _stream_to(streamer))
-        if streamer is not None:
-            streamer.end()
+        # Nothing was touched until here: a refused call leaves the model as it was.
+        waves = [requests[first : first + rows] for first in range(0, len(requests), rows)]
+        self.metrics = Metrics()
+        try:
+            if streamer is not None:
+                streamer.put(ids.cpu())
+            for wave in waves:
+                session = self._session(len(wave), longest, sampling)
+                session.run(wave, asked.eos_ids, self.metrics, _stream_to(streamer))
+        finally:
+            if streamer is not None:
+                streamer.end()
         return _assemble(ids, requests, asked)
 
     __call__ = generate
 
-    def _requests(self, ids: Tensor, prompts: list[list[int]], asked: GenerateOptions) -> list[Request]:
+    def _requests(
+        self, ids: Tensor, prompts: list[list[int]], histories: list[list[int]], asked: GenerateOptions
+    ) -> list[Request]:
         facts = self.target.facts
         count = asked.new_tokens(ids.shape[1], facts.max_positions)
+        if len(asked.eos_ids) > MAX_EOS:
+            raise OptionError(f"{len(asked.eos_ids)} eos ids were given, at most {MAX_EOS} are supported",
+                              at="eos_token_id", where="generate", help="keep those the model emits")  # fmt: skip
         stop = StopStrings(asked.tokenizer, asked.stop_strings) if asked.stop_strings is not None else None
         requests = []
-        for number, prompt in enumerate(prompts):
+        for number, (prompt, history) in enumerate(zip(prompts, histories, strict=True)):
             _check_prompt(number, prompt, count, facts)
             for copy in range(asked.num_return_sequences):
-                # Processors see the padded row, as they do in transformers.
-                seen = frozenset(ids[number].tolist())
-                requests.append(
-                    Request(prompt, count, asked.sampling, row_key(asked.seed, number, copy), seen, stop)
-                )
+                key = row_key(asked.seed, number, copy)
+                requests.append(Request(prompt, count, asked.sampling, key, frozenset(history), stop))
         return requests
 
     def _rows_at_once(self, rows: int, longest: int, sampling: bool) -> int:
@@ -140,8 +149,9 @@ class OptimizedModel:
         if needed > free:
             raise CapacityError(
                 f"a cache for {longest} tokens needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free",
+                at=f"{longest} tokens in one row", where=self.target.facts.name,
                 help="shorten the prompt or max_new_tokens",
-            )
+            )  # fmt: skip
         return most
 
     def _shape(self, rows: int, longest: int, sampling: bool) -> Shape:
@@ -170,8 +180,11 @@ class OptimizedModel:
         session = self._sessions.pop(shape, None)
         if session is None:
             program = build_program(
-                self.target, self.draft, self.speculation, shape, self.compile, self._weights, self.show_progress
-            )
+                self.target, self.draft, self.speculation, shape, self.compile, self._weights, self.show_progress,
+                self.left_out,
+            )  # fmt: skip
+            if debug.options().table:
+                print("\n".join(pass_table(program.records)))
             session = Session(program)
         self._sessions[shape] = session  # the last one used stands last
         return session
@@ -185,7 +198,7 @@ def optimize(
     max_batch_size: int | None = None,
     max_length: int | None = None,
     page_size: int | None = None,
-    passes: Any = None,
+    passes: str | Sequence[str] | None = None,
 ) -> OptimizedModel:
     """Compile a Hugging Face causal LM into a program that emits the same tokens, several per step.
 
@@ -197,7 +210,7 @@ def optimize(
         max_batch_size: rows at once; more prompts run in waves. None: as many as are asked for and fit.
         max_length: tokens per row, prompt and output together. None: grows in powers of two.
         page_size: cache rows per page.
-        passes: names of optional passes to leave out, written "-name"; None runs all.
+        passes: optional passes to leave out, written "-name", such as ["-fuse-linears"]; None runs all.
 
     Raises:
         CaptureError: the model cannot be captured or decoded step by step, with the reason.
@@ -206,7 +219,8 @@ def optimize(
     chosen = parse_speculation(speculation)
     if compile not in ("inductor", "eager"):
         raise OptionError(f"compile must be 'inductor' or 'eager', got {compile!r}", at=f"compile={compile!r}",
-                          where="autospec.optimize")  # fmt: skip
+                          where="autospec.optimize", help="'eager' runs the same graphs uncompiled")  # fmt: skip
+    without = left_out(passes)
     for name, value in (("max_batch_size", max_batch_size), ("max_length", max_length), ("page_size", page_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError(f"{name} must be a positive integer, got {value!r}", at=f"{name}={value!r}",
@@ -228,7 +242,7 @@ def optimize(
             draft = capture_model(draft_module, "draft")
     defaults = module.generation_config.to_dict() if getattr(module, "generation_config", None) is not None else {}
     return OptimizedModel(
-        target, draft, chosen, compile, Limits(max_batch_size, max_length, page_size), defaults
+        target, draft, chosen, compile, Limits(max_batch_size, max_length, page_size), defaults, without
     )
 
 
@@ -241,34 +255,79 @@ def _max_draft_len(speculation: Speculation) -> int:
     return speculation.max_draft_len
 
 
-def _prompts(input_ids: Any, attention_mask: Any, pad_id: int) -> tuple[Tensor, list[list[int]]]:
-    """The padded ids [B, S] as given, and each row's real tokens."""
+def _as_dict(generation_config: Any) -> Mapping[str, Any] | None:
+    """The fields of a generation config; unknown ones are refused in a dictionary, checkpoints may carry them."""
+    if generation_config is None:
+        return None
+    if isinstance(generation_config, Mapping):
+        check_names("generation_config", generation_config)
+        return generation_config
+    if not hasattr(generation_config, "to_dict"):
+        raise OptionError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}",
+                          at=f"generation_config={generation_config!r:.60}", where="generate",
+                          help="pass transformers' GenerationConfig or a dictionary of its fields")  # fmt: skip
+    fields: Mapping[str, Any] = generation_config.to_dict()
+    return fields
+
+
+def _prompts(
+    input_ids: Any, attention_mask: Any, pad_id: int
+) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+    """The padded ids [B, S], each row's real tokens, and what counts as its history for the processors.
+
+    Processors see a padded row whole, as in transformers; padding that we add to a list of prompts they do not see.
+    """
     if isinstance(input_ids, Mapping) or hasattr(input_ids, "input_ids"):
         attention_mask = input_ids.get("attention_mask", attention_mask)
         input_ids = input_ids["input_ids"]
-    if isinstance(input_ids, (list, tuple)) and input_ids and isinstance(input_ids[0], (list, tuple, Tensor)):
-        rows = [[int(token) for token in row] for row in input_ids]
+    rows = _rows_of(input_ids) if attention_mask is None else None
+    if rows is not None:
         width = max(len(row) for row in rows)
         padded = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], dtype=torch.int64)
-        return padded.reshape(len(rows), width), rows
-    ids = torch.as_tensor(input_ids)
+        return padded.reshape(len(rows), width), rows, rows
+    ids = _as_tensor(input_ids, "input_ids")
     if ids.dim() == 1:
         ids = ids[None]
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
         raise OptionError(f"input_ids must be integers [batch, length], got {ids.dtype} of shape {tuple(ids.shape)}",
-                          at="input_ids", where="generate")  # fmt: skip
+                          at="input_ids", where="generate", help="pass the ids of at least one prompt")  # fmt: skip
+    ids = ids.long()
     if attention_mask is None:
-        return ids, ids.tolist()
-    mask = torch.as_tensor(attention_mask).bool()
+        return ids, ids.tolist(), ids.tolist()
+    mask = _as_tensor(attention_mask, "attention_mask").bool().to(ids.device)
+    mask = mask[None] if mask.dim() == 1 else mask
     if mask.shape != ids.shape:
         raise OptionError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}",
-                          at="attention_mask", where="generate")  # fmt: skip
-    edges = mask.int().diff(dim=1).abs().sum(1) if mask.shape[1] > 1 else torch.zeros(len(mask))
-    inner = (edges > 1) & mask[:, 0] & mask[:, -1] if mask.shape[1] else edges > 1
-    if bool((inner | (edges > 2)).any()):
-        raise OptionError("attention_mask has holes inside a prompt", at="attention_mask", where="generate",
-                          help="pad on the left or on the right only")  # fmt: skip
-    return ids, [row[keep].tolist() for row, keep in zip(ids, mask.to(ids.device), strict=True)]
+                          at="attention_mask", where="generate", help="give one entry per token")  # fmt: skip
+    # A prompt is one run of ones: it starts at most once.
+    starts = torch.nn.functional.pad(mask.int(), (1, 0)).diff(dim=1).clamp(min=0).sum(1)
+    if bool((starts > 1).any()):
+        raise OptionError(f"attention_mask has holes inside the prompt of row {int(starts.argmax())}",
+                          at="attention_mask", where="generate", help="pad on the left or the right only")  # fmt: skip
+    return ids, [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], ids.tolist()
+
+
+def _rows_of(input_ids: Any) -> list[list[int]] | None:
+    """A list of prompts, each a list or a tensor of ids; None if input_ids is something else."""
+    if not isinstance(input_ids, (list, tuple)) or not input_ids:
+        return None
+    if not all(isinstance(row, (list, tuple)) or (isinstance(row, Tensor) and row.dim() > 0) for row in input_ids):
+        return None
+    rows = [row.reshape(-1).tolist() if isinstance(row, Tensor) else list(row) for row in input_ids]
+    for number, row in enumerate(rows):
+        wrong = [token for token in row if isinstance(token, (bool, float, str)) or not hasattr(token, "__index__")]
+        if wrong:
+            raise OptionError(f"the prompt of row {number} holds {wrong[0]!r:.40}, which is no token id",
+                              at=f"input_ids[{number}]", where="generate", help="tokenize the text first")  # fmt: skip
+    return [[int(token) for token in row] for row in rows]
+
+
+def _as_tensor(value: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"{name} is no rectangular array of integers: {str(error).splitlines()[0]}"[:200], at=name,
+                          where="generate", help="pass a tensor or a list of prompts") from None  # fmt: skip
 
 
 def _check_prompt(number: int, prompt: list[int], count: int, facts: Any) -> None:
@@ -311,7 +370,11 @@ def _free_bytes(device: torch.device) -> int:
     """Memory that a cache may take on this device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 __all__ = ["OptimizedModel", "optimize"]

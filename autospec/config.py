@@ -24,11 +24,22 @@ def _checked(cls: type[T]) -> type[T]:
             if name not in names:
                 raise unknown_option(cls.__name__, name, names)
         if len(args) > len(names):
-            raise OptionError(f"{cls.__name__} takes at most {len(names)} options, got {len(args)}")
+            raise OptionError(f"{cls.__name__} takes at most {len(names)} options, got {len(args)}",
+                              at=repr(args[len(names)]), where=cls.__name__,
+                              help=f"they are {', '.join(names)}")  # fmt: skip
         plain_init(self, *args, **options)
 
     cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
+
+
+def _ngram_size(owner: object, value: object) -> None:
+    _positive(owner, "max_matching_ngram_size", value)
+    if value == 1:
+        raise OptionError(
+            "max_matching_ngram_size must be at least 2: one token alone predicts too little",
+            at="max_matching_ngram_size=1", where=type(owner).__name__, help="use 2 or more",
+        )  # fmt: skip
 
 
 def _positive(owner: object, name: str, value: object) -> None:
@@ -58,14 +69,7 @@ class NGramConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "max_draft_len", self.max_draft_len)
-        _positive(self, "max_matching_ngram_size", self.max_matching_ngram_size)
-        if self.max_matching_ngram_size < 2:
-            raise OptionError(
-                "max_matching_ngram_size must be at least 2: one token alone predicts too little",
-                at=f"max_matching_ngram_size={self.max_matching_ngram_size}",
-                where="NGramConfig",
-                help="use 2 or more",
-            )
+        _ngram_size(self, self.max_matching_ngram_size)
 
 
 @_checked
@@ -111,10 +115,12 @@ class AutoConfig:
     max_matching_ngram_size: int = 4
 
     def __post_init__(self) -> None:
+        _ngram_size(self, self.max_matching_ngram_size)
         lens = self.draft_lens
-        if not lens or 0 not in lens or any(n < 0 for n in lens) or list(lens) != sorted(set(lens)):
+        are_lengths = isinstance(lens, tuple) and all(isinstance(n, int) and n >= 0 for n in lens)
+        if not are_lengths or 0 not in lens or list(lens) != sorted(set(lens)):
             raise OptionError(
-                "draft_lens must be distinct, ascending, not negative and contain 0",
+                "draft_lens must be a tuple of integers, distinct, ascending, not negative, with 0 among them",
                 at=f"draft_lens={lens!r}",
                 where="AutoConfig",
                 help="for example draft_lens=(0, 2, 4, 8)",

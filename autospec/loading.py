@@ -22,17 +22,21 @@ def load_model(model: Any, option: str, like: Any = None) -> Any:
     """
     if isinstance(model, torch.nn.Module):
         if model.training:
-            raise CaptureError("the model is in training mode", where=type(model).__name__, help="call model.eval()")
+            raise CaptureError("the model is in training mode", at=f"{option}.training is True",
+                               where=type(model).__name__, help="call model.eval()")  # fmt: skip
         return model
     if not isinstance(model, (str, Path)):
         raise OptionError(f"{option} must be a loaded module or a path, got {type(model).__name__}",
-                          at=f"{option}={model!r:.60}", where="autospec.optimize")  # fmt: skip
+                          at=f"{option}={model!r:.60}", where="autospec.optimize",
+                          help="load it with AutoModelForCausalLM.from_pretrained, or name its folder")  # fmt: skip
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": "auto"}
     if like is not None:
         weight = next(like.parameters())
-        options = {"dtype": weight.dtype, "device_map": {"": weight.device}} if weight.is_cuda else {"dtype": weight.dtype}
+        options = {"dtype": weight.dtype}
+        if weight.is_cuda:
+            options["device_map"] = {"": weight.device}
     path = Path(model)
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError("the folder has no config.json", at=str(path), where=option,
@@ -62,13 +66,14 @@ def check_causal_lm(model: Any) -> None:
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "generate"):
-        raise CaptureError("this is not a Hugging Face causal LM", where=name,
+        raise CaptureError("this is not a Hugging Face causal LM", at="no config or no generate", where=name,
                            help="load one with AutoModelForCausalLM.from_pretrained")  # fmt: skip
     if getattr(config, "is_encoder_decoder", False):
-        raise CaptureError("an encoder-decoder model has no single decoder graph", at="is_encoder_decoder=True", where=name,
-                           help="only decoder-only causal LMs are supported")  # fmt: skip
+        raise CaptureError("an encoder-decoder model has no single decoder graph", at="is_encoder_decoder=True",
+                           where=name, help="only decoder-only causal LMs are supported")  # fmt: skip
     if not hasattr(text_config(model), "vocab_size"):
-        raise CaptureError("the configuration names no vocab_size", where=name)
+        raise CaptureError("the configuration names no vocab_size", at="model.config", where=name,
+                           help="only language models over token ids are supported")  # fmt: skip
 
 
 def check_draft(target: Any, draft: Any) -> None:
@@ -77,13 +82,23 @@ def check_draft(target: Any, draft: Any) -> None:
     ours, theirs = int(text_config(target).vocab_size), int(text_config(draft).vocab_size)
     if ours != theirs:
         raise OptionError(
-            f"the draft model has a vocabulary of {theirs}, the target of {ours}", at=f"speculative_model={type(draft).__name__}",
-            where="DraftTargetConfig", help="use a draft with the target's tokenizer",
+            f"the draft model has a vocabulary of {theirs}, the target of {ours}",
+            at=f"speculative_model={type(draft).__name__}", where="DraftTargetConfig",
+            help="use a draft with the target's tokenizer",
         )  # fmt: skip
     here, there = next(target.parameters()), next(draft.parameters())
     if here.device != there.device:
         raise OptionError(f"the draft is on {there.device}, the target on {here.device}", where="DraftTargetConfig",
                           at="speculative_model", help="move one of them")  # fmt: skip
+
+
+def _layer_lists(module: torch.nn.Module, depth: int) -> Iterator[tuple[torch.nn.Module, str, torch.nn.ModuleList]]:
+    """The outermost lists of `depth` modules: a list inside a layer, of experts perhaps, is not one of layers."""
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.ModuleList) and len(child) == depth:
+            yield module, name, child
+        else:
+            yield from _layer_lists(child, depth)
 
 
 @contextlib.contextmanager
@@ -100,12 +115,7 @@ def draft_layers(draft: Any, num_draft_layers: int | None) -> Iterator[None]:
     if num_draft_layers is None or num_draft_layers == depth:
         yield
         return
-    lists = [
-        (parent, name, child)
-        for parent in draft.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, torch.nn.ModuleList) and len(child) == depth
-    ]
+    lists = list(_layer_lists(draft, depth))
     try:
         for parent, name, child in lists:
             setattr(parent, name, child[:num_draft_layers])

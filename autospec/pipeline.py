@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculation
 from autospec.debug import disabled_kernels
+from autospec.errors import OptionError, unknown_option
 from autospec.ir.passes import Pass, Stage
 from autospec.passes.attach_draft_model import AttachDraftModel
 from autospec.passes.bind_positions import BindPositions
@@ -36,6 +38,33 @@ class DraftParts:
     catch_up: fx.GraphModule
     expand: fx.GraphModule
     prefill: fx.GraphModule
+
+
+def pass_types() -> list[type[Pass]]:
+    """Every pass of the pipeline, by name."""
+    found = {one for one in globals().values() if isinstance(one, type) and issubclass(one, Pass) and one is not Pass}
+    return sorted(found, key=lambda one: one.name)
+
+
+def left_out(asked: str | Sequence[str] | None) -> frozenset[str]:
+    """What `passes=` asks for: names of optional passes, each written "-name", that shall not run."""
+    if asked is not None and not isinstance(asked, (str, list, tuple)):
+        raise OptionError(f"passes must be names such as '-fuse-linears', got {type(asked).__name__}",
+                          at=f"passes={asked!r:.60}", where="autospec.optimize", help="pass a list")  # fmt: skip
+    types = {one.name: one for one in pass_types()}
+    optional = [name for name, one in types.items() if one.is_optional]
+    names = [word.strip() for word in (asked.split(",") if isinstance(asked, str) else asked or ()) if word.strip()]
+    for name in names:
+        place = {"at": f"passes={name!r}", "where": "autospec.optimize"}
+        if name.removeprefix("-") not in types:
+            raise unknown_option("passes", name, [f"-{known}" for known in optional])
+        if not name.startswith("-"):
+            raise OptionError(f"passes can only leave passes out, '{name}' runs anyway", **place,
+                              help=f"write '-{name}' to leave it out")  # fmt: skip
+        if not types[name[1:]].is_optional:
+            raise OptionError(f"{name[1:]} cannot be left out: the program would be wrong without it", **place,
+                              help=f"optional are {', '.join(optional)}")  # fmt: skip
+    return frozenset(name[1:] for name in names)
 
 
 def understand(max_positions: int) -> list[Stage]:

@@ -60,14 +60,9 @@ def list_passes() -> list[str]:
     import dataclasses
 
     from autospec import pipeline
-    from autospec.ir.passes import Pass
 
-    found = sorted(
-        {value for value in vars(pipeline).values() if isinstance(value, type) and issubclass(value, Pass) and value is not Pass},
-        key=lambda one: one.name,
-    )
     lines = []
-    for one in found:
+    for one in pipeline.pass_types():
         options = ", ".join(field.name for field in dataclasses.fields(one))
         lines.append(f"{one.name:<22} {(one.__doc__ or '').strip().splitlines()[0]}")
         if options:

@@ -28,6 +28,7 @@ class FoldNoops(Pass):
     """Remove nodes whose result is their operand."""
 
     name = "fold-noops"
+    is_optional = True
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         count = 0

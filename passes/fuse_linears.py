@@ -47,6 +47,7 @@ class FuseLinears(Pass):
     """Concatenate linear layers of one input."""
 
     name = "fuse-linears"
+    is_optional = True
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         by_input: dict[fx.Node, list[fx.Node]] = defaultdict(list)

@@ -26,6 +26,7 @@ class PackLinears(Pass):
     """Replace aten.linear by the packed one where the CPU profits."""
 
     name = "pack-linears"
+    is_optional = True
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         count = 0

@@ -23,6 +23,7 @@ class SelectKernels(Pass):
     """Choose an implementation for every canonical op."""
 
     name = "select-kernels"
+    is_optional = True
     disabled: frozenset[str] = frozenset()
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:

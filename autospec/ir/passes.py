@@ -43,6 +43,7 @@ class Pass:
     """One rewrite. Subclasses set `name`, declare options as fields and implement `run`."""
 
     name: ClassVar[str] = ""
+    is_optional: ClassVar[bool] = False  # only speed is lost without it, so the user may leave it out
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         """Rewrite the graph and return the number of places changed."""

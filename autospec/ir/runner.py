@@ -12,15 +12,22 @@ from autospec.ir.invariants import broken_invariants
 from autospec.ir.passes import Notes, Pass, PassRecord, Stage
 from autospec.ir.text import graph_text
 
+LEFT_OUT = "left out by passes="
+
 
 def run_stages(
-    module: fx.GraphModule, stages: Iterable[Stage], *, graph_name: str, debug: DebugOptions
-) -> list[PassRecord]:
-    """Run every pass of every stage on one graph, in order."""
+    module: fx.GraphModule, stages: Iterable[Stage], *, graph_name: str, debug: DebugOptions,
+    left_out: frozenset[str] = frozenset(),
+) -> list[PassRecord]:  # fmt: skip
+    """Run every pass of every stage on one graph, in order; those left out leave a record that says so."""
     records: list[PassRecord] = []
     for stage in stages:
         for one in stage.passes:
-            records.append(run_pass(module, one, stage.name, graph_name, len(records), debug))
+            if one.name in left_out:
+                size = len(module.graph.nodes)
+                records.append(PassRecord(graph_name, stage.name, one.name, 0, (), (LEFT_OUT,), size, size, 0.0))
+            else:
+                records.append(run_pass(module, one, stage.name, graph_name, len(records), debug))
     return records
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,11 @@ _DEFAULTS: dict[str, Any] = {
     "max_length": None,
 }  # fmt: skip
 _DEFAULT_NEW_TOKENS = 20
+# What a keyword of None means, where it is not None.
+_OFF = {
+    "do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0,
+    "num_return_sequences": 1, "seed": 0,
+}  # fmt: skip
 # Options of ours that transformers does not have, or passes beside its configuration.
 _EXTRA = {"seed": 0, "tokenizer": None}
 # Options without an effect on the tokens, or that describe what autospec does anyway.
@@ -42,6 +48,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "assistant_tokenizer": (), "synced_gpus": (False,), "negative_prompt_ids": (), "custom_generate": (),
     "inputs_embeds": (), "past_key_values": (), "position_ids": (), "token_type_ids": (), "head_mask": (),
 }  # fmt: skip
+
+
+_KNOWN = {*_DEFAULTS, *_EXTRA, *_IGNORED, *_NEUTRAL}
 
 
 @dataclass(frozen=True)
@@ -80,14 +89,12 @@ def parse(given: Mapping[str, Any], config: Mapping[str, Any] | None, defaults: 
         config: the generation_config argument as a dictionary.
         defaults: the checkpoint's generation config as a dictionary.
     """
-    for name in given:
-        if name not in _DEFAULTS and name not in _EXTRA and name not in _IGNORED and name not in _NEUTRAL:
-            raise unknown_option("generate", name, {*_DEFAULTS, *_EXTRA, *_NEUTRAL, "streamer", "generation_config"})
+    check_names("generate", given)
     merged: dict[str, Any] = {**_DEFAULTS, **_EXTRA}
-    for layer in (defaults, config or {}, given):
-        for name, value in layer.items():
-            if value is not None:
-                merged[name] = value
+    for layer in (defaults, config or {}):
+        merged |= {name: value for name, value in layer.items() if value is not None}
+    # A keyword of None switches an option off, as in transformers; in a configuration it means "not said".
+    merged |= {name: _OFF.get(name) if value is None else value for name, value in given.items()}
     for name, neutral in _NEUTRAL.items():
         value = merged.get(name)
         if value is not None and value not in neutral and not (isinstance(value, (list, tuple)) and not value):
@@ -95,22 +102,47 @@ def parse(given: Mapping[str, Any], config: Mapping[str, Any] | None, defaults: 
                 f"generate does not support {name} (got {value!r:.60})", at=f"{name}={value!r:.60}", where="generate",
                 help=f"leave {name} out, or use transformers' own generate for it",
             )  # fmt: skip
-    if given.get("max_new_tokens") is None and (config or {}).get("max_new_tokens") is None and given.get("max_length"):
-        merged["max_new_tokens"] = None
     eos_ids = _ids(merged["eos_token_id"])
-    pad_id = merged["pad_token_id"]
-    new_tokens = merged["max_new_tokens"]
-    if new_tokens is not None and new_tokens < 1:
-        raise OptionError(f"max_new_tokens must be at least 1, got {new_tokens}", at=f"max_new_tokens={new_tokens}")
-    if merged["num_return_sequences"] > 1 and not merged["do_sample"]:
+    pad_id = _integer(merged, "pad_token_id", None)
+    copies = _integer(merged, "num_return_sequences", 1)
+    assert copies is not None
+    if copies > 1 and not merged["do_sample"]:
         raise OptionError("num_return_sequences above 1 needs do_sample=True: greedy sequences would all be the same",
-                          at=f"num_return_sequences={merged['num_return_sequences']}", where="generate")  # fmt: skip
+                          at=f"num_return_sequences={copies}", where="generate",
+                          help="set do_sample=True, or ask for one sequence")  # fmt: skip
     return GenerateOptions(
-        max_new_tokens=new_tokens, max_length=merged["max_length"], eos_ids=eos_ids,
-        pad_id=int(pad_id) if pad_id is not None else (eos_ids[0] if eos_ids else 0), sampling=_sampling(merged),
-        seed=int(merged["seed"]), num_return_sequences=int(merged["num_return_sequences"]),
+        max_new_tokens=_integer(merged, "max_new_tokens", 1), max_length=_integer(merged, "max_length", 1),
+        eos_ids=eos_ids, pad_id=pad_id if pad_id is not None else (eos_ids[0] if eos_ids else 0),
+        sampling=_sampling(merged), seed=_integer(merged, "seed", None) or 0, num_return_sequences=copies,
         stop_strings=merged["stop_strings"], tokenizer=merged["tokenizer"],
     )  # fmt: skip
+
+
+def check_names(where: str, given: Iterable[str]) -> None:
+    """A name that neither transformers nor autospec knows is an error."""
+    for name in given:
+        if name not in _KNOWN:
+            raise unknown_option(where, name, {*_DEFAULTS, *_EXTRA, *_NEUTRAL, "streamer", "generation_config"})
+
+
+def _integer(merged: Mapping[str, Any], name: str, least: int | None) -> int | None:
+    value = merged[name]
+    if value is None:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__index__") or (least is not None and value < least):
+        what = "an integer" if least is None else f"an integer of at least {least}"
+        raise OptionError(f"{name} must be {what}, got {value!r:.40}", at=f"{name}={value!r:.40}", where="generate",
+                          help=f"leave {name} out to keep its default")  # fmt: skip
+    return operator.index(value)
+
+
+def _number(merged: Mapping[str, Any], name: str) -> float:
+    value = merged[name]
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise OptionError(f"{name} must be a number, got {value!r:.40}", at=f"{name}={value!r:.40}", where="generate",
+                          help=f"leave {name} out to keep its default") from None  # fmt: skip
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -120,18 +152,23 @@ def _ids(value: Any) -> tuple[int, ...]:
     if hasattr(value, "tolist"):
         listed = value.tolist()
         found = listed if isinstance(listed, list) else [listed]
-    return tuple(int(token) for token in found if int(token) >= 0)
+    try:
+        return tuple(int(token) for token in found if int(token) >= 0)
+    except (TypeError, ValueError):
+        raise OptionError(f"eos_token_id must be an id or a list of ids, got {value!r:.60}",
+                          at=f"eos_token_id={value!r:.60}", where="generate",
+                          help="for example eos_token_id=2") from None  # fmt: skip
 
 
 def _sampling(merged: Mapping[str, Any]) -> SamplingParams:
-    penalty = float(merged["repetition_penalty"])
+    penalty = _number(merged, "repetition_penalty")
     if not merged["do_sample"]:
         return SamplingParams(repetition_penalty=penalty)
-    if float(merged["temperature"]) <= 0:
+    temperature = _number(merged, "temperature")
+    if temperature <= 0:
         raise OptionError(
             f"temperature must be above 0 when do_sample=True, got {merged['temperature']}",
             at=f"temperature={merged['temperature']}", where="generate", help="greedy decoding is do_sample=False",
         )  # fmt: skip
-    return SamplingParams(
-        float(merged["temperature"]), int(merged["top_k"] or 0), float(merged["top_p"]), float(merged["min_p"] or 0.0), penalty
-    )
+    min_p = 0.0 if merged["min_p"] is None else _number(merged, "min_p")
+    return SamplingParams(temperature, _integer(merged, "top_k", 0) or 0, _number(merged, "top_p"), min_p, penalty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,8 +27,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         rules = (
-            ("temperature", self.temperature >= 0, "must not be negative"),
-            ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "must be 0 or a positive integer"),
+            ("temperature", 0 <= self.temperature < math.inf, "must be finite and not negative"),
+            ("top_k", self.top_k >= 0, "must be 0 or a positive integer"),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "must be between 0 and 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "must be above 0"),
@@ -35,7 +36,8 @@ class SamplingParams:
         for name, holds, text in rules:
             if not holds:
                 value = getattr(self, name)
-                raise OptionError(f"{name} {text}, got {value}", at=f"{name}={value}", where="generate")
+                raise OptionError(f"{name} {text}, got {value}", at=f"{name}={value}", where="generate",
+                                  help=f"leave {name} out to keep its default")  # fmt: skip
 
     @property
     def needs_scores(self) -> bool:

@@ -29,7 +29,9 @@ class Session:
         self.steps = {length: program.bind(f"step_{length}", self.state) for length in program.draft_lens()}
         self._seconds: dict[int, float] | None = None
 
-    def run(self, requests: Sequence[Request], eos_ids: Sequence[int], metrics: Metrics, emit: Emit | None = None) -> None:
+    def run(
+        self, requests: Sequence[Request], eos_ids: Sequence[int], metrics: Metrics, emit: Emit | None = None
+    ) -> None:
         """Generate all requests, at most `batch_size` of them; tokens go to request.output and to `emit`."""
         start = time.perf_counter()
         policy = DraftLengthPolicy(self.step_seconds()) if len(self.steps) > 1 else None
@@ -47,7 +49,7 @@ class Session:
             now = self.state["accept_counts"].tolist()
             deltas = [after - before for after, before in zip(now, counts, strict=True)]
             counts = now
-            assert deltas[0] > 0, "every row is finished on the device, but not for the host: they disagree about a stop"
+            assert deltas[0] > 0, "every row is finished on the device but not on the host: they disagree about a stop"
             metrics.count(draft_len, deltas)
             if policy:
                 policy.observe(draft_len, deltas)
@@ -88,6 +90,10 @@ class Session:
         """Write every request into its row; unused rows are finished and own no page."""
         shape, state = self.program.shape, self.state
         rows = self._rows(requests)
+        eos = state["eos_ids"]
+        if len(eos_ids) > eos.shape[0]:
+            raise CapacityError(f"{len(eos_ids)} eos ids were given, at most {eos.shape[0]} are supported",
+                                at="eos_ids", where="Session.run", help="keep those the model emits")  # fmt: skip
         # Build on the host, then copy once per tensor: state keeps its addresses.
         tokens = torch.zeros(shape.batch_size, shape.token_room, dtype=torch.int64)
         pages = torch.zeros(shape.batch_size, shape.pages_per_row, dtype=torch.int32)
@@ -105,9 +111,6 @@ class Session:
         for name, values_of_rows in columns.items():
             if name in state:
                 state[name].copy_(torch.tensor(values_of_rows, dtype=state[name].dtype))
-        eos = state["eos_ids"]
-        if len(eos_ids) > eos.shape[0]:
-            raise CapacityError(f"{len(eos_ids)} eos ids were given, at most {eos.shape[0]} are supported")
         eos.copy_(torch.tensor([*eos_ids] + [-1] * (eos.shape[0] - len(eos_ids))))
         for name in ("kv_lens", "accept_counts", "draft_tokens"):
             state[name].zero_()
@@ -121,15 +124,18 @@ class Session:
     def _rows(self, requests: Sequence[Request]) -> list[Request | None]:
         shape = self.program.shape
         if len(requests) > shape.batch_size:
-            raise CapacityError(f"{len(requests)} requests do not fit a program built for {shape.batch_size} rows")
+            raise CapacityError(f"{len(requests)} requests do not fit a program built for {shape.batch_size} rows",
+                                at="requests", where="Session.run", help="run them in waves")  # fmt: skip
         for number, request in enumerate(requests):
             if not request.prompt:
-                raise CapacityError(f"the prompt of request {number} is empty", help="give at least one token, such as bos")
+                raise CapacityError(f"the prompt of request {number} is empty", at=f"requests[{number}]",
+                                    where="Session.run", help="give at least one token, such as bos")  # fmt: skip
             needed = len(request.prompt) + request.max_new_tokens
             if needed > shape.max_length:
                 raise CapacityError(
                     f"request {number} needs {needed} tokens ({len(request.prompt)} of prompt and "
                     f"{request.max_new_tokens} new), the cache holds {shape.max_length} per row",
+                    at=f"requests[{number}]", where="Session.run",
                     help="lower max_new_tokens, or optimize with a larger max_length",
                 )
         return [*requests] + [None] * (shape.batch_size - len(requests))

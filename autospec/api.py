@@ -98,8 +98,8 @@ class OptimizedModel:
         if input_ids is None:
             raise OptionError("generate needs input_ids", at="input_ids=None", where="generate", help="pass a prompt")
         asked = parse(options, _as_dict(generation_config), self.generation_defaults)
-        ids, prompts, histories = _prompts(input_ids, attention_mask, asked.pad_id)
-        requests = self._requests(ids, prompts, histories, asked)
+        ids, prompts = _prompts(input_ids, attention_mask, asked.pad_id)
+        requests = self._requests(ids, prompts, asked)
         if streamer is not None and len(requests) > 1:
             raise OptionError("a streamer takes one row", at=f"{len(requests)} rows", where="generate",
                               help="generate the rows one at a time, or without a streamer")  # fmt: skip
@@ -122,9 +122,7 @@ class OptimizedModel:
 
     __call__ = generate
 
-    def _requests(
-        self, ids: Tensor, prompts: list[list[int]], histories: list[list[int]], asked: GenerateOptions
-    ) -> list[Request]:
+    def _requests(self, ids: Tensor, prompts: list[list[int]], asked: GenerateOptions) -> list[Request]:
         facts = self.target.facts
         count = asked.new_tokens(ids.shape[1], facts.max_positions)
         if len(asked.eos_ids) > MAX_EOS:
@@ -132,11 +130,11 @@ class OptimizedModel:
                               at="eos_token_id", where="generate", help="keep those the model emits")  # fmt: skip
         stop = StopStrings(asked.tokenizer, asked.stop_strings) if asked.stop_strings is not None else None
         requests = []
-        for number, (prompt, history) in enumerate(zip(prompts, histories, strict=True)):
+        for number, prompt in enumerate(prompts):
             _check_prompt(number, prompt, count, facts)
             for copy in range(asked.num_return_sequences):
                 key = row_key(asked.seed, number, copy)
-                requests.append(Request(prompt, count, asked.sampling, key, frozenset(history), stop))
+                requests.append(Request(prompt, count, asked.sampling, key, should_stop=stop))
         return requests
 
     def _rows_at_once(self, rows: int, longest: int, sampling: bool) -> int:
@@ -270,13 +268,8 @@ def _as_dict(generation_config: Any) -> Mapping[str, Any] | None:
     return fields
 
 
-def _prompts(
-    input_ids: Any, attention_mask: Any, pad_id: int
-) -> tuple[Tensor, list[list[int]], list[list[int]]]:
-    """The padded ids [B, S], each row's real tokens, and what counts as its history for the processors.
-
-    Processors see a padded row whole, as in transformers; padding that we add to a list of prompts they do not see.
-    """
+def _prompts(input_ids: Any, attention_mask: Any, pad_id: int) -> tuple[Tensor, list[list[int]]]:
+    """The padded ids [B, S] as given, and each row's real tokens."""
     if isinstance(input_ids, Mapping) or hasattr(input_ids, "input_ids"):
         attention_mask = input_ids.get("attention_mask", attention_mask)
         input_ids = input_ids["input_ids"]
@@ -284,7 +277,7 @@ def _prompts(
     if rows is not None:
         width = max(len(row) for row in rows)
         padded = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], dtype=torch.int64)
-        return padded.reshape(len(rows), width), rows, rows
+        return padded.reshape(len(rows), width), rows
     ids = _as_tensor(input_ids, "input_ids")
     if ids.dim() == 1:
         ids = ids[None]
@@ -293,7 +286,7 @@ def _prompts(
                           at="input_ids", where="generate", help="pass the ids of at least one prompt")  # fmt: skip
     ids = ids.long()
     if attention_mask is None:
-        return ids, ids.tolist(), ids.tolist()
+        return ids, ids.tolist()
     mask = _as_tensor(attention_mask, "attention_mask").bool().to(ids.device)
     mask = mask[None] if mask.dim() == 1 else mask
     if mask.shape != ids.shape:
@@ -304,7 +297,7 @@ def _prompts(
     if bool((starts > 1).any()):
         raise OptionError(f"attention_mask has holes inside the prompt of row {int(starts.argmax())}",
                           at="attention_mask", where="generate", help="pad on the left or the right only")  # fmt: skip
-    return ids, [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], ids.tolist()
+    return ids, [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
 def _rows_of(input_ids: Any) -> list[list[int]] | None:

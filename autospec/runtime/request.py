@@ -54,7 +54,6 @@ class Request:
         max_new_tokens: tokens to emit at most.
         sampling: how tokens are chosen.
         row_key: 64-bit key of the request's noise.
-        seen: ids that count as history for the repetition penalty (padding included, as in transformers).
         should_stop: called with all ids so far after each token; True ends the request with that token.
     """
 
@@ -62,7 +61,6 @@ class Request:
     max_new_tokens: int
     sampling: SamplingParams = SamplingParams()
     row_key: int = 0
-    seen: frozenset[int] = frozenset()
     should_stop: Callable[[list[int]], bool] | None = None
     output: list[int] = field(default_factory=list)
     is_done: bool = False

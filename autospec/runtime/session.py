@@ -170,10 +170,9 @@ def _take(request: Request, tokens: list[int], ends: frozenset[int]) -> Iterator
 
 
 def _seen(request: Request, vocab_size: int) -> Tensor:
-    """The history that processors look at: bool [V]. Ids that are no tokens (some pad with -1) do not count."""
+    """The history that processors look at: bool [V]."""
     seen = torch.zeros(vocab_size, dtype=torch.bool)
-    ids = request.seen.union(request.prompt, request.output)
-    seen[[token for token in ids if 0 <= token < vocab_size]] = True
+    seen[request.prompt + request.output] = True
     return seen
 
 

@@ -187,10 +187,7 @@ def requests_of(
     """One request per prompt; row keys are 1000 + row unless given."""
     many = [counts] * len(prompts) if isinstance(counts, int) else counts
     keys = keys or [1000 + row for row in range(len(prompts))]
-    return [
-        Request(list(prompt), count, sampling, key, frozenset(prompt))
-        for prompt, count, key in zip(prompts, many, keys, strict=True)
-    ]
+    return [Request(list(prompt), count, sampling, key) for prompt, count, key in zip(prompts, many, keys, strict=True)]
 
 
 def prompts_of(seed: int, lengths: Sequence[int], vocab: int = 64) -> list[list[int]]:

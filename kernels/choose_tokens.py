@@ -349,7 +349,11 @@ def choose_tokens_triton(
     logits: Tensor, draft_tokens: Tensor, tree_parents: Tensor, kv_lens: Tensor, row_keys: Tensor, temperature: Tensor,
     top_k: Tensor, top_p: Tensor, min_p: Tensor, repetition_penalty: Tensor, seen: Tensor, first_node: int = 0,
 ) -> Tensor:
-    """Three launches: cut-offs (at once where no filter is on), best per block with the noise fused in, best of all."""
+    """Three launches: cut-offs (at once where no filter is on), best per block with the noise fused in, best of all.
+
+    64 rows of 128256 logits: 46 us without filters, 1 ms with top-k and top-p (the reference's sort: 5.6 ms); one row: 9
+    and 950 us, since one program searches a row (the reference: 690 us). H100 80GB SXM, triton 3.6, 2026-11-21.
+    """
     logits = rows_of(logits)
     batch, rows, vocab_size = logits.shape
     q_len = draft_tokens.shape[1]

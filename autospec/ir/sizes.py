@@ -109,6 +109,7 @@ class Evaluator:
             return self.size(known)
         if node.op == "placeholder":
             slot = slot_of(node)
+            assert slot.name != "input_ids", "tokens have no concrete value: ask why_not_sizes_only first"
             if slot.kind == "input":
                 return torch.arange(self.length, device=node.meta["val"].device).expand(self.batch, -1).contiguous()
             return constants_of(self.module)[slot.name]

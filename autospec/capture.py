@@ -454,7 +454,7 @@ def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.G
     for mask in padding_masks:
         reason = why_not_sizes_only(module, mask)
         if reason is not None:
-            raise CaptureError(f"the model makes its own attention mask: {reason}", at=mask, where=name,
+            raise CaptureError(f"the model makes its own attention mask: {reason}", at=node_text(mask), where=name,
                                help="a mask that depends on tokens cannot be decoded step by step")  # fmt: skip
     output.args = ((logits,),)
     module.graph.eliminate_dead_code()

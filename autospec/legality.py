@@ -69,12 +69,12 @@ def check_captured(
                            help="recurrent and state-space models need state roll-back, which is not supported yet")  # fmt: skip
     for shape in ((3, 7), (1, 13)):
         ids, positions = example_inputs(model, shape, seed=shape[1])
-        expected = eager_logits(model, ids, positions)
         try:
+            expected = eager_logits(model, ids, positions)
             got = run_captured(graph, weights, ids, positions)
         except Exception as error:
             raise CaptureError(
-                f"the captured graph does not run at batch {shape[0]}, length {shape[1]}: {type(error).__name__}: {error}"[:300],
+                f"the model or its graph does not run at batch {shape[0]}, length {shape[1]}: {type(error).__name__}: {error}"[:300],
                 where=name, help="the model's Python code loops over its tokens, or fixes a size that export did not notice",
             ) from error  # fmt: skip
         compare_logits(name, got, expected, f"the captured graph differs from the model at batch {shape[0]}, length {shape[1]}",

@@ -145,7 +145,7 @@ def _lost_kinds(default: Any, small: Any) -> dict[str, list[Any]]:
             and name.endswith("_types")
         ):
             kinds = list(dict.fromkeys(value))
-            if set(kinds) != set(now) and len(kinds) <= NUM_LAYERS:
+            if not set(kinds) <= set(now) and len(kinds) <= NUM_LAYERS:
                 found[name] = [kinds[i % len(kinds)] for i in range(len(now))]
     return found
 

@@ -50,6 +50,7 @@ _add("jamba", "no attention among the first layers", attn_layer_period=2, attn_l
 _add("zamba", "no attention among the first layers", attn_layer_period=2, attn_layer_offset=1)
 _add("gpt_neo", "kinds of layers are given with a count", attention_types=[[["global", "local"], 2]])
 _add("falcon_h1", "mamba_d_ssm = mamba_n_heads * mamba_d_head", mamba_d_ssm=128)
+_add("lfm2", "the default has no convolution", layer_types=["conv", "full_attention"] * 2)
 _add("lfm2_moe", "layer_types has no default", layer_types=["conv", "full_attention", "conv", "full_attention"])
 _add("nemotron", "num_key_value_heads has no default", num_key_value_heads=2)
 _add("dbrx", "the attention's sub-configuration leaves open what its model needs",

@@ -21,7 +21,7 @@ from torch import fx
 
 from autospec.ir.match import aten, is_call
 from autospec.ir.passes import Notes, Pass
-from autospec.ir.sizes import Evaluator, constants_of
+from autospec.ir.sizes import Evaluator, constants_of, value_inputs
 from autospec.ir.slots import find_slot, slot_of
 
 _SIZES = ((2, 5), (3, 17))  # batch and length at which values are compared
@@ -59,8 +59,7 @@ def _counted(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int]]:
         if node.op == "placeholder":
             is_plain[node] = slot_of(node).name in constants_of(module)
         else:
-            is_size = isinstance(node.meta.get("val"), torch.SymInt)
-            is_plain[node] = node.op == "call_function" and (is_size or all(is_plain[n] for n in node.all_input_nodes))
+            is_plain[node] = node.op == "call_function" and all(is_plain[source] for source in value_inputs(node))
     waiting = [
         source
         for node in module.graph.nodes

@@ -12,9 +12,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from autospec.ir.match import aten, is_call
 from autospec.ir.slots import slot_of
 
 _HUGE = 1 << 31  # "to the end" in slices
+# Ops that read nothing but the shape of their first operand.
+_SHAPE_ONLY = (
+    aten.ones_like, aten.zeros_like, aten.full_like, aten.empty_like, aten.new_ones, aten.new_zeros, aten.new_full,
+    aten.new_empty,
+)  # fmt: skip
 
 
 def constants_of(module: fx.GraphModule) -> dict[str, torch.Tensor]:
@@ -29,12 +35,18 @@ def ancestors(node: fx.Node) -> Iterator[fx.Node]:
     while waiting:
         current = waiting.pop()
         yield current
-        if isinstance(current.meta.get("val"), torch.SymInt):
-            continue
-        for source in current.all_input_nodes:
+        for source in value_inputs(current):
             if source not in seen:
                 seen.add(source)
                 waiting.append(source)
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The operands whose values a node depends on, not only their shape; sizes depend on nothing."""
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        return []
+    skipped = node.args[0] if is_call(node, _SHAPE_ONLY) else None
+    return [source for source in node.all_input_nodes if source is not skipped]
 
 
 def why_not_sizes_only(module: fx.GraphModule, value: Any) -> str | None:
@@ -113,6 +125,11 @@ class Evaluator:
             if slot.kind == "input":
                 return torch.arange(self.length, device=node.meta["val"].device).expand(self.batch, -1).contiguous()
             return constants_of(self.module)[slot.name]
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n] if n in self.values else self._empty(n))
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _empty(self, node: fx.Node) -> torch.Tensor:
+        """Stands for an operand that is read for its shape alone."""
+        value = node.meta["val"]
+        return torch.empty(self.shape(node), dtype=value.dtype, device=value.device)

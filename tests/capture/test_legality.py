@@ -1,0 +1,243 @@
+"""Capture refuses every model that decoding step by step would get wrong, and says why; what it accepts is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autospec.assemble import capture_model
+from autospec.errors import CaptureError
+from autospec.tiny_models import tiny_model
+
+
+def llama(**config: Any) -> Any:
+    return tiny_model("llama", num_hidden_layers=2, **config)
+
+
+class Planted(nn.Module):
+    """Stands for a layer's MLP and does something illegal beside it."""
+
+    def __init__(self, mlp: nn.Module, width: int = 64) -> None:
+        super().__init__()
+        self.mlp = mlp
+        with torch.random.fork_rng():
+            torch.manual_seed(9)
+            self.weight = nn.Parameter(torch.randn(width, 4) * 0.5)
+            self.table = nn.Parameter(torch.randn(512, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.change(x))
+
+    def change(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Convolution(Planted):
+    def change(self, x):
+        padded = nn.functional.pad(x.transpose(1, 2), (3, 0))
+        return nn.functional.conv1d(padded, self.weight[:, None, :], groups=x.shape[2]).transpose(1, 2)
+
+
+class RecurrentState(Planted):
+    def change(self, x):
+        return x + 0.3 * x.cumsum(1)
+
+
+class BatchStatistics(Planted):
+    def change(self, x):
+        return x - x.mean((0, 1), keepdim=True)
+
+
+class DynamicScale(Planted):
+    """8-bit activations with one scale per tensor."""
+
+    def change(self, x):
+        scale = x.abs().max() / 7
+        return (x / scale).round() * scale
+
+
+class ExpertCapacity(Planted):
+    """An expert takes the first tokens that ask for it, half of all; the rest goes without."""
+
+    def change(self, x):
+        chosen = nn.functional.one_hot((x @ self.weight).argmax(-1), 4)
+        rank = (chosen.cumsum(1) * chosen).sum(-1)
+        return torch.where((rank <= x.shape[1] // 4)[..., None], x * 2, x)
+
+
+class LengthInside(Planted):
+    def change(self, x):
+        return x * (1 + x.shape[1] / 8)
+
+
+class RelativePlace(Planted):
+    """Positions as fractions of the length."""
+
+    def change(self, x):
+        place = torch.arange(x.shape[1]) / x.shape[1]
+        return x + place[None, :, None]
+
+
+class PlaceFromTheEnd(Planted):
+    def change(self, x):
+        return x + self.table[torch.arange(x.shape[1]).flip(0)]
+
+
+class LooksAhead(Planted):
+    def change(self, x):
+        return x + torch.roll(x, -1, 1)
+
+
+PLANTED = {
+    Convolution: "a change of token 0 reaches other tokens past attention",
+    RecurrentState: "a change of token 0 reaches other tokens past attention",
+    BatchStatistics: "a change of token 0 reaches other tokens past attention",
+    DynamicScale: "differ from the same tokens in the whole|reaches other tokens",
+    ExpertCapacity: "differ from the same tokens in the whole|reaches other tokens",
+    LengthInside: "differ from the same tokens in the whole",
+    RelativePlace: "differ from the same tokens in the whole",
+    PlaceFromTheEnd: "the captured graph differs from the model|differ from the same tokens in the whole",
+    LooksAhead: "reaches other tokens past attention",
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.__name__)
+def test_what_mixes_or_counts_tokens_is_refused(planted):
+    model = llama()
+    model.model.layers[1].mlp = planted(model.model.layers[1].mlp).eval()
+    with pytest.raises(CaptureError, match=PLANTED[planted]) as refusal:
+        capture_model(model)
+    assert refusal.value.help
+    assert refusal.value.where
+
+
+class CountsPositions(Planted):
+    """Learned positions by an arange of its own: legal once it reads position_ids."""
+
+    def change(self, x):
+        return x + self.table[torch.arange(x.shape[1])]
+
+
+def test_counted_positions_become_position_ids():
+    model = llama()
+    model.model.layers[1].mlp = CountsPositions(model.model.layers[1].mlp).eval()
+    captured = capture_model(model)
+    (record,) = [record for record in captured.records if record.name == "bind-positions"]
+    assert record.count == 1
+
+
+def with_forward(model: Any, forward: Any) -> Any:
+    """The model with another forward (of its inner model), as a subclass so that its signature is seen."""
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return model
+
+
+def test_a_mask_made_of_tokens_is_refused():
+    """Token 77 hides; no example of capture need contain it."""
+
+    def forward(self, input_ids, position_ids=None, use_cache=None, **options):
+        return super(type(self), self).forward(
+            input_ids, attention_mask=(input_ids != 77).long(), position_ids=position_ids, use_cache=use_cache
+        )
+
+    with pytest.raises(CaptureError, match="mask"):
+        capture_model(with_forward(llama(), forward))
+
+
+def test_a_constant_padding_mask_is_no_mask():
+    def forward(self, input_ids, position_ids=None, use_cache=None, **options):
+        return super(type(self), self).forward(
+            input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids, use_cache=use_cache
+        )
+
+    assert capture_model(with_forward(llama(), forward)).facts.num_kv_layers == 2
+
+
+def test_bidirectional_attention_is_refused():
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.config.is_causal = False
+    with pytest.raises(CaptureError, match="mask"):
+        capture_model(model)
+
+
+def test_another_number_of_attention_calls_under_export_is_refused():
+    model = llama()
+    plain = model.model.layers[1].forward
+
+    def forward(hidden, **options):
+        if torch.compiler.is_compiling():
+            return hidden
+        return plain(hidden, **options)
+
+    model.model.layers[1].forward = forward
+    with pytest.raises(CaptureError, match="calls attention 2 times, but its graph has 1"):
+        capture_model(model)
+
+
+def test_a_graph_that_differs_from_the_model_is_refused():
+    model = llama()
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: head(x) * (2 if torch.compiler.is_compiling() else 1)
+    with pytest.raises(CaptureError, match="the captured graph differs from the model at batch 3, length 7"):
+        capture_model(model)
+
+
+def test_an_unknown_argument_of_attention_is_refused():
+    model = llama()
+    attend = model.model.layers[0].self_attn
+    plain = attend.forward
+    attend.forward = lambda *args, **options: plain(*args, **options, block_indices=torch.zeros(1))
+    with pytest.raises(CaptureError, match="'block_indices', which autospec does not know"):
+        capture_model(model)
+
+
+def test_a_fixed_length_is_refused():
+    model = llama()
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda x: plain(x.reshape(-1, 11, 64))
+    with pytest.raises(CaptureError, match="constant 11|does not run at batch 3, length 7|cannot be exported"):
+        capture_model(model)
+
+
+def test_data_dependent_shapes_are_refused():
+    model = llama()
+    mlp = model.model.layers[0].mlp
+
+    class Gathers(nn.Module):
+        def forward(self, x):
+            busy = (x.sum(-1) > 0).nonzero()
+            return mlp(x) + busy.sum() * 0.0
+
+    model.model.layers[0].mlp = Gathers()
+    with pytest.raises(CaptureError, match="depend on its data|cannot be exported"):
+        capture_model(model)
+
+
+def test_a_model_that_writes_to_its_buffers_is_refused():
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    mlp.register_buffer("seen", torch.zeros(()))
+    plain = mlp.forward
+
+    def forward(x):
+        mlp.seen.add_(1.0)
+        return plain(x)
+
+    mlp.forward = forward
+    with pytest.raises(CaptureError, match="writes to its own buffer"):
+        capture_model(model)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "jamba", "qwen3_next", "lfm2", "doge", "deepseek_v32", "xlnet", "dbrx"])
+def test_real_families_that_cannot_be_decoded_by_pages(model_type):
+    with pytest.raises(CaptureError) as refusal:
+        capture_model(tiny_model(model_type))
+    lines = str(refusal.value).splitlines()
+    assert len(lines) >= 3, "a refusal says what, where and what to do"
+    assert any(line.startswith("  help") for line in lines)

@@ -31,7 +31,7 @@ def optimized() -> Make:
             made[key] = OptimizedModel(
                 captured("target"), captured(draft) if draft else None, speculation, "eager",
                 Limits(max_batch_size, max_length, page_size),
-                model("target").generation_config.to_dict() if defaults is None else defaults,
+                {"pad_token_id": 0} if defaults is None else defaults,
             )  # fmt: skip
         return made[key]
 

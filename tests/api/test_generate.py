@@ -82,8 +82,8 @@ def vars_of(model: OptimizedModel) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"max_new_tokens": 7}, {"max_length": 30}, {"max_length": 30, "max_new_tokens": 4}, {"max_new_tokens": None},
-        {"max_length": 25, "max_new_tokens": None}, {"max_new_tokens": 1},
+        {}, {"max_new_tokens": 7}, {"max_length": 30}, {"max_length": 30, "max_new_tokens": 4},
+        {"max_new_tokens": None}, {"max_length": 25, "max_new_tokens": None}, {"max_new_tokens": 1},
     ],
     ids=str,
 )  # fmt: skip
@@ -127,9 +127,7 @@ def test_priorities_are_those_of_transformers(
     monkeypatch.setattr(judge, "generation_config", own)
     given = None if config is None else GenerationConfig(pad_token_id=0, **config)
     expected = judge.generate(ids, attention_mask=mask, generation_config=given, **keywords)
-    fast = OptimizedModel(
-        **{**vars_of(optimized()), "generation_defaults": own.to_dict()}, _sessions=optimized()._sessions
-    )
+    fast = OptimizedModel(**{**vars_of(optimized()), "generation_defaults": own.to_dict()}, _sessions=optimized()._sessions)
     assert torch.equal(fast.generate(ids, attention_mask=mask, generation_config=given, **keywords), expected)
     if config is not None:
         as_dict = {"pad_token_id": 0, **config}

@@ -20,7 +20,6 @@ from autospec.model_zoo.bundled import demo_prompts, resolve
 # Draft lengths that were fastest on two cores of an AMD EPYC with the bundled models, see BENCHMARKS.md.
 NGRAM_DRAFT_LEN = 6
 MODEL_DRAFT_LEN = 4
-MAX_LENGTH = 384  # prompts have at most 200 tokens
 
 
 @dataclass
@@ -75,11 +74,12 @@ def run_demo(
     )
     options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     runs: list[tuple[Result, Callable[[Tensor], Tensor], Any]] = []
+    length = -(-(max(ids.shape[1] for ids in prompts) + new_tokens) // 32) * 32
     baseline = Result("transformers generate")
     runs.append((baseline, lambda ids: target.generate(ids, attention_mask=torch.ones_like(ids), **options), None))
     for name, speculation in tqdm(specs, desc="compiling", leave=False):
         start = time.perf_counter()
-        fast = optimize(target, speculation, compile=compile, max_length=MAX_LENGTH, max_batch_size=1)
+        fast = optimize(target, speculation, compile=compile, max_length=length, max_batch_size=1)
         fast.generate(prompts[0], **options)
         result = Result(name, compile_seconds=time.perf_counter() - start)
         runs.append((result, lambda ids, fast=fast: fast.generate(ids, **options), fast))  # type: ignore[misc]
@@ -121,7 +121,8 @@ def _is_identical(result: Result, baseline: Result) -> bool:
 def _table(results: list[Result]) -> str:
     baseline = results[0]
     lines = [
-        f"{'':<26} {'tokens/s':>9} {'speed-up':>9} {'mean acc. length':>17} {'compile s':>10} {'identical':>10}  acceptance per depth"
+        f"{'':<26} {'tokens/s':>9} {'speed-up':>9} {'mean acc. length':>17} {'compile s':>10} {'identical':>10}"
+        "  acceptance per depth"
     ]
     for result in results:
         is_plain = not result.row_steps
@@ -156,9 +157,8 @@ def draw(results: list[Result], path: str, title: str) -> None:
     left.spines[["top", "right"]].set_visible(False)
     for result, colour in zip(results, colours, strict=False):
         if result.acceptance:
-            depths = range(1, len(result.acceptance) + 1)
-            right.plot(depths, result.acceptance, marker="o", color=colour,
-                       label=f"{result.name.removeprefix('autospec ')}: {1 + sum(result.acceptance):.2f} tokens per step")  # fmt: skip
+            label = f"{result.name.removeprefix('autospec ')}: {1 + sum(result.acceptance):.2f} tokens per step"
+            right.plot(range(1, len(result.acceptance) + 1), result.acceptance, marker="o", color=colour, label=label)
     right.set_ylim(0, 1)
     right.set_xlabel("depth in the draft")
     right.set_ylabel("accepted")

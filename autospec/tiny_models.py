@@ -191,11 +191,13 @@ _SPREADS = ((1.5, 1.0), (0.7, 1.0), (1.0, 3.0), (3.0, 0.3), (4.0, 1.0))
 _LIVELY = 8  # distinct tokens among those generated for every prompt
 
 
-def lively_model(model_type: str, prompt_lens: tuple[int, ...], new_tokens: int) -> tuple[Any, list[list[int]], int]:
+def lively_model(
+    model_type: str, prompt_lens: tuple[int, ...], new_tokens: int, **overrides: Any
+) -> tuple[Any, list[list[int]], int]:
     """A tiny model whose greedy texts do not collapse, prompts for it, and the distinct tokens of its poorest text."""
     best: tuple[Any, list[list[int]], int] | None = None
     for seed, (gain, embedding) in enumerate(_SPREADS):
-        model = tiny_model(model_type, seed=seed, gain=gain, embedding=embedding)
+        model = tiny_model(model_type, seed=seed, gain=gain, embedding=embedding, **overrides)
         prompts = random_prompts(model, prompt_lens, seed)
         distinct = new_tokens
         for prompt in prompts:

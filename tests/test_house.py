@@ -155,10 +155,12 @@ def test_one_name_per_thing(name: str) -> None:
 
 
 def test_nothing_is_left_to_do() -> None:
-    words = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error"]) + r")\b")
+    words = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X"]) + r")\b")
+    unwritten = re.compile(r"\braise NotImplemented" + r"(?:Error)?\b")
     for path in _tracked():
         if path.suffix in (".py", ".toml", ".md", ".txt", ".yml"):
-            found = words.search(path.read_text(errors="replace"))
+            text = path.read_text(errors="replace")
+            found = words.search(text) or (None if "tests" in path.parts else unwritten.search(text))
             assert found is None, f"{path.relative_to(ROOT)} says {found[0]}"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from autospec import debug, pipeline
-from autospec.capture import export_model, max_positions_of
+from autospec.capture import export_model
 from autospec.config import Speculation
 from autospec.ir.match import calls
 from autospec.ir.passes import PassRecord
@@ -21,7 +21,7 @@ from autospec.ir.sizes import constants_of
 from autospec.ir.slots import Slot, slots
 from autospec.kernels.attention import attention
 from autospec.kernels.packed_linear import pack
-from autospec.legality import check_captured, kept_by_cache
+from autospec.legality import check_captured, kept_by_cache, rows_of_tables
 from autospec.lower import lower
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
 from autospec.pipeline import DraftParts
@@ -31,16 +31,14 @@ from autospec.program import CapturedModel, Graph, ModelFacts, Program, Shape
 def capture_model(model: Any, name: str = "target") -> CapturedModel:
     """Export a Hugging Face causal LM, recognise its attention, and check that decoding it step by step is legal."""
     exported = export_model(model)
-    limit = exported.max_positions
     records = run_stages(
-        exported.graph, pipeline.understand(limit), graph_name=f"{name}.capture", debug=debug.options()
+        exported.graph, pipeline.understand(exported.max_positions), graph_name=f"{name}.capture", debug=debug.options()
     )
-    limits = [
-        (max_positions_of(model), ""),
-        (limit, "the rotary frequencies change past them, which would rewrite the cache"),
-    ]
+    limits = [*exported.limits]
     if (kept := kept_by_cache(model, exported.graph)) is not None:
         limits.append((kept, "transformers' own cache forgets keys that the masks show past them"))
+    if (rows := rows_of_tables(exported.graph)) is not None:
+        limits.append((rows, "the model's table of positions ends there"))
     limit, why = min(limits, key=lambda pair: pair[0])
     if why:
         told = f"limited to {limit} positions: {why}"

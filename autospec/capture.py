@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from autospec.errors import CaptureError
 from autospec.ir.match import aten, calls, is_call
 from autospec.ir.sizes import constants_of, why_not_sizes_only
-from autospec.ir.slots import Slot, assign_slot
+from autospec.ir.slots import Slot, assign_slot, find_slot
 from autospec.ir.text import node_text
 from autospec.kernels.attention import attention
 from autospec.masks import MaskSpec, UnknownMask, mask_row, spec_of_rows
@@ -225,7 +225,11 @@ class Exported:
     weights: dict[str, Tensor]
     attention_calls: int
     through_interface: bool
-    max_positions: int
+    limits: tuple[tuple[int, str], ...]  # numbers of positions and why not more; the first is the model's own
+
+    @property
+    def max_positions(self) -> int:
+        return min(positions for positions, _ in self.limits)
 
 
 def text_config(model: Any) -> Any:
@@ -235,12 +239,16 @@ def text_config(model: Any) -> Any:
 
 
 _MOST_POSITIONS = 1 << 20
+_LIMITS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length",
+    "max_target_positions",
+)  # fmt: skip
 
 
 def max_positions_of(model: Any) -> int:
     """Positions that the model was built for; models that name no limit get 2^20."""
     config = text_config(model)
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"):
+    for name in _LIMITS:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
@@ -324,12 +332,16 @@ def special_tokens(model: Any) -> list[int]:
 def export_model(model: Any) -> Exported:
     """Export with symbolic batch and length; raises CaptureError with the reason where that is not possible."""
     global _recorder
-    wrapped = _Logits(model).eval()
+    wrapped = _Logits(model)
+    wrapped.training = False  # the model's own flags were checked and are left alone
     inputs = example_inputs(model, EXAMPLE_SHAPE, seed=1)
     name = type(model).__name__
     try:
         with through_interfaces(model) as routed, rotary_within(model) as switch, torch.no_grad():
-            limit = min(max_positions_of(model), switch or _MOST_POSITIONS)
+            limits = [(max_positions_of(model), "")]
+            if switch is not None:
+                limits.append((switch, "the rotary frequencies change past them, which would rewrite the cache"))
+            limit = min(positions for positions, _ in limits)
             _recorder = recorded = _Recorder(limit)
             wrapped(*inputs)
             _recorder = again = _Recorder(limit)
@@ -368,7 +380,19 @@ def export_model(model: Any) -> Exported:
             f"the model calls attention {count} times, but its graph has {found} calls", where=name,
             help="its Python code takes another path under export than in an eager run",
         )  # fmt: skip
-    return Exported(graph, weights, count, routed, limit)
+    if (longest := _longest_of_this_path(graph)) is not None:
+        limits.append((longest, "the model's Python code takes another path for a longer text"))
+    return Exported(graph, weights, count, routed, tuple(limits))
+
+
+def _longest_of_this_path(graph: fx.GraphModule) -> int | None:
+    """The largest length for which the exported path through the model's code holds; None: any."""
+    tokens = find_slot(graph, "input_ids")
+    size = tokens.meta["val"].shape[1] if tokens is not None else 0
+    if not isinstance(size, torch.SymInt):
+        return None
+    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer and int(upper) < _MOST_POSITIONS else None
 
 
 def _model_line(error: BaseException) -> str | None:

@@ -17,9 +17,11 @@ from autospec.capture import (
     token_local,
 )
 from autospec.errors import CaptureError
-from autospec.ir.match import argument, calls
+from autospec.ir.match import argument, aten, calls, is_call
 from autospec.ir.passes import Refusal
-from autospec.ir.slots import slot_of
+from autospec.ir.sizes import Evaluator, ancestors, constants_of, meeting_data, why_not_sizes_only
+from autospec.ir.slots import find_slot, slot_of
+from autospec.ir.text import node_text
 from autospec.kernels.attention import attention
 
 
@@ -67,6 +69,7 @@ def check_captured(
     if next(calls(graph, attention), None) is None:
         raise CaptureError("no attention was found in the model's graph", where=name,
                            help="recurrent and state-space models need state roll-back, which is not supported yet")  # fmt: skip
+    check_counts_nothing(name, graph)
     for shape in ((3, 7), (1, 13)):
         ids, positions = example_inputs(model, shape, seed=shape[1])
         try:
@@ -84,6 +87,81 @@ def check_captured(
         example_inputs(model, (2, 11), seed=11), special_tokens(model),
     )  # fmt: skip
     probe_split_invariance(name, model, graph, weights)
+
+
+# Ops that turn the place of a token in this call into a value.
+_COUNTING = (aten.arange, aten.cumsum, aten.cumprod, aten.linspace, aten.tril, aten.triu)
+# Arguments that may be a size: dimensions, and the ends of ranges.
+_SIZE_TYPES = ("SymInt", "int")
+
+
+def check_counts_nothing(name: str, graph: fx.GraphModule) -> None:
+    """Raise CaptureError where tokens meet a count of tokens: probes are short, and a threshold may lie far away."""
+    tokens = find_slot(graph, "input_ids")
+    length = str(tokens.meta["val"].shape[1]) if tokens is not None else ""
+    for node in meeting_data(graph):
+        for source in ancestors(node):
+            value = source.meta.get("val")
+            if not isinstance(value, torch.Tensor) or length not in [str(size) for size in value.shape]:
+                continue
+            is_table = is_call(source, aten.slice) and not _is_uniform(graph, source.args[0])
+            if is_call(source, _COUNTING) or is_table:
+                _refuse_counting(name, source, "the model counts positions itself")
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and not is_call(node, _COUNTING) and _computes_with_size(node):
+            _refuse_counting(name, node, "the model computes with the number of tokens")
+
+
+def _refuse_counting(name: str, node: fx.Node, rule: str) -> None:
+    raise CaptureError(
+        rule, at=node_text(node), where=f"{name} {node.meta.get('module', '')}".strip(),
+        help="positions must come from position_ids: a call that decodes a few tokens has other sizes than the whole text",
+    )  # fmt: skip
+
+
+def _is_uniform(graph: fx.GraphModule, table: Any) -> bool:
+    """Whether a buffer holds one value only; other tensors are judged by what they are made of."""
+    if not isinstance(table, fx.Node) or table.op != "placeholder":
+        return True
+    values = constants_of(graph)[slot_of(table).name]
+    return bool((values == values.flatten()[0]).all())
+
+
+def _computes_with_size(node: fx.Node) -> bool:
+    """Whether a size is used as a number among tensors."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    for spec in schema.arguments:
+        value = given.get(spec.name)
+        is_size = isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.SymInt | torch.SymFloat)
+        if is_size and not any(kind in str(spec.type) for kind in _SIZE_TYPES):
+            return True
+    return False
+
+
+def rows_of_tables(graph: fx.GraphModule) -> int | None:
+    """Positions for which every table that is read by position has a row; None: there is no such table."""
+    evaluators = [Evaluator(graph, 1, length) for length in (24, 48)]
+    found: list[int] = []
+    for node in calls(graph, (aten.embedding, aten.index_select, aten.gather, aten.index.Tensor)):
+        table, *where = node.args
+        if is_call(node, aten.index):
+            listed: Any = where[0]
+            pairs = [(dim, index) for dim, index in enumerate(listed) if index is not None]
+        else:
+            pairs = [(0, where[0])] if is_call(node, aten.embedding) else [(where[0], where[1])]  # type: ignore[list-item]
+        for dim, index in pairs:
+            if not isinstance(index, fx.Node) or why_not_sizes_only(graph, index) is not None:
+                continue
+            if not any(n.op == "placeholder" and slot_of(n).name == "position_ids" for n in ancestors(index)):
+                continue
+            short, long = (int(evaluator.value(index).max()) - evaluator.length + 1 for evaluator in evaluators)
+            rows = table.meta["val"].shape[dim]  # type: ignore[union-attr]
+            if short == long and isinstance(rows, int):  # the row is the position plus a constant
+                found.append(rows - short)
+    return min(found, default=None)
 
 
 def kept_by_cache(model: Any, graph: fx.GraphModule) -> int | None:

@@ -23,7 +23,9 @@ WINDOW = 8  # smaller than every test length, so that windows and chunks bite
 # Configuration attributes by what they measure; only attributes that a class has are set.
 _SIZES: dict[int, str] = {
     VOCAB_SIZE: "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size",
-    MAX_POSITIONS: "max_position_embeddings n_positions n_ctx max_seq_len seq_length max_sequence_length",
+    MAX_POSITIONS: (
+        "max_position_embeddings n_positions n_ctx max_seq_len seq_length max_sequence_length max_target_positions"
+    ),
     64: (
         "hidden_size d_model n_embd dim_model_base hidden_dim emb_dim embed_dim d_embed embedding_size "
         "backbone_hidden_size"
@@ -44,7 +46,7 @@ _SIZES: dict[int, str] = {
     ),
     8: (
         "qk_rope_head_dim sliding_window attention_chunk_size window_size sliding_window_size "
-        "keep_window_size local_attention_window_len rotary_dim num_experts num_local_experts "
+        "keep_window_size local_attention_window_len floor_scale rotary_dim num_experts num_local_experts "
         "n_routed_experts moe_num_experts local_attention mamba_num_heads mamba_n_heads"
     ),
     4: (
@@ -55,7 +57,7 @@ _SIZES: dict[int, str] = {
     2: (
         "num_key_value_heads num_kv_heads num_experts_per_tok moe_topk num_experts_per_token moe_k "
         "num_global_key_value_heads swa_num_key_value_heads n_group linear_num_key_heads kv_n_heads moe_top_k "
-        "num_kv_shared_layers top_k_experts num_expert_group"
+        "num_kv_shared_layers top_k_experts num_expert_group max_window_layers"
     ),
     1: "topk_group first_k_dense_replace num_shared_experts n_shared_experts mamba_n_groups n_groups",
 }
@@ -75,6 +77,7 @@ _FILL_NONE = {"head_dim", "num_experts_per_tok"}
 _VALUES = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "use_cache": True, "is_decoder": True,
     "add_cross_attention": False, "is_encoder_decoder": False, "tie_word_embeddings": False,
+    "use_sliding_window": True,
 }  # fmt: skip
 
 

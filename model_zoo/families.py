@@ -80,3 +80,17 @@ _add(
     text_config={"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
 )
 _add("moshi", "its cache forgets past sliding_window what its mask shows; decoded within it", sliding_window=64)
+_add(
+    "ministral3",
+    "queries are scaled by steps of the original length",
+    rope_parameters={
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.1,
+        "mscale_all_dim": 1.0,
+        "mscale": 1.0,
+    },
+)
+_add("zamba2", "kinds of layers have no shorter default", layer_types=["mamba", "hybrid"] * 2)

@@ -21,8 +21,8 @@ from torch import fx
 
 from autospec.ir.match import aten, is_call
 from autospec.ir.passes import Notes, Pass
-from autospec.ir.sizes import Evaluator, constants_of, value_inputs
-from autospec.ir.slots import find_slot, slot_of
+from autospec.ir.sizes import Evaluator, is_tensor, meeting_data, value_inputs
+from autospec.ir.slots import find_slot
 
 _SIZES = ((2, 5), (3, 17))  # batch and length at which values are compared
 
@@ -54,19 +54,7 @@ class BindPositions(Pass):
 def _counted(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int]]:
     """Integer nodes [S], [1, S] or [B, S] that count positions from an offset and meet tokens or parameters."""
     evaluators = [Evaluator(module, batch, length) for batch, length in _SIZES]
-    is_plain: dict[fx.Node, bool] = {}
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            is_plain[node] = slot_of(node).name in constants_of(module)
-        else:
-            is_plain[node] = node.op == "call_function" and all(is_plain[source] for source in value_inputs(node))
-    waiting = [
-        source
-        for node in module.graph.nodes
-        if not is_plain[node]
-        for source in node.all_input_nodes
-        if is_plain[source] and _is_tensor(source)
-    ]
+    waiting = meeting_data(module)
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
@@ -74,14 +62,10 @@ def _counted(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int]]:
         if offset is not None:
             yield node, offset
             continue
-        for source in node.all_input_nodes:
-            if source not in seen and is_plain[source] and _is_tensor(source):
+        for source in value_inputs(node):
+            if source not in seen and is_tensor(source):
                 seen.add(source)
                 waiting.append(source)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _offset(node: fx.Node, evaluators: list[Evaluator]) -> int | None:
@@ -114,7 +98,7 @@ def _lift(node: fx.Node, positions: torch.Tensor) -> dict[fx.Node, Any] | str:
         if _adds_batch(user, lifted):
             lifted[user] = lifted[user.args[0]]  # type: ignore[index]
             continue
-        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: lifted.get(n, n.meta["val"]))
+        args, kwargs = fx.map_arg((_arguments(user, lifted), user.kwargs), lambda n: lifted.get(n, n.meta["val"]))
         try:
             with torch.no_grad():
                 value = user.target(*args, **kwargs)  # type: ignore[operator]
@@ -133,31 +117,52 @@ def _behind(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _adds_batch(node: fx.Node, lifted: dict[fx.Node, Any]) -> bool:
-    """unsqueeze(x, 0) of a vector of positions that has its batch dimension now."""
+    """unsqueeze(x, 0) of something that has its batch dimension now."""
     source = node.args[0] if node.args else None
-    return (
-        is_call(node, aten.unsqueeze) and node.args[1] in (0, -2) and isinstance(source, fx.Node) and source in lifted
-        and source.meta["val"].dim() == 1
-    )  # fmt: skip
+    if not is_call(node, aten.unsqueeze) or not isinstance(source, fx.Node) or source not in lifted:
+        return False
+    dims = source.meta["val"].dim()
+    return node.args[1] in (0, -dims - 1) and lifted[source].dim() == dims + 1
+
+
+def _arguments(node: fx.Node, lifted: dict[fx.Node, Any]) -> tuple[Any, ...]:
+    """Arguments for an operand that has a batch dimension in front now.
+
+    Dimensions counted from the front move by one; a view that put a 1 in front leaves room for the batch there.
+    """
+    source = node.args[0] if node.args else None
+    if isinstance(source, fx.Node) and source in lifted and len(node.args) > 1:
+        gained = lifted[source].dim() - source.meta["val"].dim()
+        dim = node.args[1]
+        if is_call(node, (aten.unsqueeze, aten.slice)) and gained == 1 and isinstance(dim, int) and dim >= 0:
+            return (source, dim + 1, *node.args[2:])
+        if is_call(node, (aten.view, aten.reshape, aten._unsafe_view)):
+            sizes: list[Any] = list(dim)  # type: ignore[arg-type]
+            if sizes and sizes[0] == 1 and -1 not in sizes:
+                return source, [-1, *sizes[1:]]
+    return node.args
 
 
 def _replace(
     module: fx.GraphModule, node: fx.Node, position_ids: fx.Node, offset: int, lifted: dict[fx.Node, Any]
 ) -> None:
-    with module.graph.inserting_after(node):
-        found = module.graph.call_function(aten.add.Tensor, (position_ids, offset))
-    found.meta.update(val=position_ids.meta["val"] + offset, module=node.meta.get("module", ""))
+    found = position_ids
+    if offset:
+        with module.graph.inserting_after(node):
+            found = module.graph.call_function(aten.add.Tensor, (position_ids, offset))
+        found.meta.update(val=position_ids.meta["val"] + offset, module=node.meta.get("module", ""))
     if node.meta["val"].dtype != found.meta["val"].dtype:
-        with module.graph.inserting_after(found):
+        with module.graph.inserting_after(found if offset else node):
             cast = module.graph.call_function(aten._to_copy.default, (found,), {"dtype": node.meta["val"].dtype})
-        cast.meta.update(val=lifted[node], module=found.meta["module"])
+        cast.meta.update(val=lifted[node], module=node.meta.get("module", ""))
         found = cast
-    for user in [behind for behind in lifted if _adds_batch(behind, lifted)]:
+    for user in [behind for behind in lifted if _adds_batch(behind, lifted)]:  # before metadata is rewritten
         user.replace_all_uses_with(user.args[0])  # type: ignore[arg-type]
         module.graph.erase_node(user)
         del lifted[user]
-    for behind, value in lifted.items():
-        if behind is not node:
-            behind.meta["val"] = value
+    rewritten = {behind: _arguments(behind, lifted) for behind in lifted if behind is not node}
+    for behind, arguments in rewritten.items():
+        behind.args = arguments
+        behind.meta["val"] = lifted[behind]
     node.replace_all_uses_with(found)
     module.graph.erase_node(node)

@@ -64,6 +64,34 @@ def why_not_sizes_only(module: fx.GraphModule, value: Any) -> str | None:
     return None
 
 
+def sizes_only_nodes(module: fx.GraphModule) -> set[fx.Node]:
+    """Nodes whose values follow from sizes and buffers alone: no token, position or parameter among their ancestors."""
+    found: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            plain = slot_of(node).name in constants_of(module)
+        else:
+            plain = node.op == "call_function" and all(source in found for source in value_inputs(node))
+        if plain:
+            found.add(node)
+    return found
+
+
+def meeting_data(module: fx.GraphModule) -> list[fx.Node]:
+    """Tensors made of sizes alone that something else reads."""
+    plain = sizes_only_nodes(module)
+    met: dict[fx.Node, None] = {}
+    for node in module.graph.nodes:
+        if node not in plain:
+            met.update(dict.fromkeys(source for source in value_inputs(node) if source in plain and is_tensor(source)))
+    return list(met)
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """A computed tensor, not a placeholder and not a size."""
+    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+
+
 def largest_constant(module: fx.GraphModule, values: list[Any]) -> int:
     """The largest integer that the computation of these values mentions: no threshold in a mask can lie beyond it."""
     largest = 0

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from autospec.assemble import capture_model
+from autospec.capture import token_local
 from autospec.errors import CaptureError
+from autospec.legality import run_captured
+from autospec.passes.bind_positions import BindPositions
 from autospec.tiny_models import tiny_model
 
 
@@ -97,8 +100,8 @@ PLANTED = {
     BatchStatistics: "a change of token 0 reaches other tokens past attention",
     DynamicScale: "differ from the same tokens in the whole|reaches other tokens",
     ExpertCapacity: "differ from the same tokens in the whole|reaches other tokens",
-    LengthInside: "differ from the same tokens in the whole",
-    RelativePlace: "differ from the same tokens in the whole",
+    LengthInside: "computes with the number of tokens",
+    RelativePlace: "computes with the number of tokens",
     PlaceFromTheEnd: "the captured graph differs from the model|differ from the same tokens in the whole",
     LooksAhead: "reaches other tokens past attention",
 }
@@ -241,3 +244,56 @@ def test_real_families_that_cannot_be_decoded_by_pages(model_type):
     lines = str(refusal.value).splitlines()
     assert len(lines) >= 3, "a refusal says what, where and what to do"
     assert any(line.startswith("  help") for line in lines)
+
+
+class ThresholdFarAway(Planted):
+    """A step in the positions that no short probe reaches, counted by the model itself."""
+
+    def change(self, x):
+        place = torch.arange(x.shape[1])
+        return x * (1 + torch.log1p(torch.floor(place / 1000.0)))[:, None].expand(*x.shape[:2], 1)
+
+
+def test_a_far_threshold_reads_position_ids():
+    """Llama 4 scales queries so; captured as an arange, it was wrong past the first step only."""
+    model = llama(max_position_embeddings=4096)
+    model.model.layers[1].mlp = ThresholdFarAway(model.model.layers[1].mlp).eval()
+    captured = capture_model(model)
+    ids = torch.randint(2, 100, (1, 8))
+    far = torch.arange(1996, 2004)[None]
+    weights = dict(captured.weights)
+    got = run_captured(captured.graph, weights, ids, far, token_local)
+    near = run_captured(captured.graph, weights, ids, far - 1000, token_local)
+    assert not torch.allclose(got[:, :4], got.new_zeros(())), "the probe runs"
+    assert not torch.allclose(got, near)
+
+
+def test_a_far_threshold_that_cannot_be_bound_is_refused(monkeypatch):
+    monkeypatch.setattr(BindPositions, "run", lambda self, module, notes: 0)
+    model = llama(max_position_embeddings=4096)
+    model.model.layers[1].mlp = ThresholdFarAway(model.model.layers[1].mlp).eval()
+    with pytest.raises(CaptureError, match="counts positions itself"):
+        capture_model(model)
+
+
+def test_a_branch_on_the_length_limits_the_positions():
+    model = llama()
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: head(x * 2 if x.shape[1] > 100 else x)
+    captured = capture_model(model)
+    assert captured.facts.max_positions == 100
+    assert any("another path for a longer text" in detail for record in captured.records for detail in record.details)
+
+
+def test_a_table_of_positions_limits_them():
+    """A configuration may promise more positions than the table has rows."""
+    model = tiny_model("opt", num_hidden_layers=1)
+    model.config.max_position_embeddings = 1000
+    assert capture_model(model).facts.max_positions == 256
+
+
+def test_a_cache_that_forgets_limits_the_positions():
+    """The cache has a window that the masks do not have: transformers' cached and uncached texts differ past it."""
+    captured = capture_model(tiny_model("moshi", num_hidden_layers=2, sliding_window=40))
+    assert captured.facts.max_positions == 40
+    assert any("own cache forgets" in detail for record in captured.records for detail in record.details)

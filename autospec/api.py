@@ -17,7 +17,7 @@ from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculat
 from autospec.errors import CapacityError, OptionError
 from autospec.kernels.noise import row_key
 from autospec.loading import check_causal_lm, check_draft, draft_layers, load_model
-from autospec.lower import use_available_cores
+from autospec.lower import limit_threads
 from autospec.pipeline import left_out
 from autospec.program import CapturedModel, Program, Shape
 from autospec.report import explain_text, pass_table
@@ -60,7 +60,8 @@ class OptimizedModel:
     def program(self) -> Program:
         """The most recently built program; before the first call of generate, the smallest one is built."""
         if not self._sessions:
-            self._session(1, _SMALLEST_BUCKET, sampling=False)
+            room = min(_SMALLEST_BUCKET, self.limits.max_length or _SMALLEST_BUCKET, self.target.facts.max_positions)
+            self._session(1, room, sampling=False)
         return next(reversed(self._sessions.values())).program
 
     @property
@@ -94,12 +95,19 @@ class OptimizedModel:
         Raises:
             OptionError: an option is unknown or unsupported; CapacityError: a prompt is empty or nothing fits.
         """
-        input_ids = options.pop("inputs", input_ids)
+        if options.get("inputs") is not None and input_ids is None:
+            input_ids = options.pop("inputs")
+        if options.pop("inputs", None) is not None:
+            raise OptionError("generate was given both input_ids and inputs", at="inputs", where="generate",
+                              help="pass the prompt once")  # fmt: skip
         if input_ids is None:
             raise OptionError("generate needs input_ids", at="input_ids=None", where="generate", help="pass a prompt")
         asked = parse(options, _as_dict(generation_config), self.generation_defaults)
         ids, prompts = _prompts(input_ids, attention_mask, asked.pad_id)
         requests = self._requests(ids, prompts, asked)
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise OptionError(f"a streamer needs put and end, {type(streamer).__name__} lacks them", at="streamer",
+                              where="generate", help="pass one of transformers' streamers")  # fmt: skip
         if streamer is not None and len(requests) > 1:
             raise OptionError("a streamer takes one row", at=f"{len(requests)} rows", where="generate",
                               help="generate the rows one at a time, or without a streamer")  # fmt: skip
@@ -140,13 +148,26 @@ class OptimizedModel:
     def _rows_at_once(self, rows: int, longest: int, sampling: bool) -> int:
         """How many rows one program takes: all of them, unless the user or the memory says fewer."""
         most = rows if self.limits.max_batch_size is None else min(rows, self.limits.max_batch_size)
-        free = _free_bytes(self.target.facts.device)
-        while most > 1 and state_bytes(self.target, self.draft, self._shape(most, longest, sampling)) > free // 2:
+
+        def missing(rows: int, share: float) -> int:
+            """Bytes that a program for this many rows lacks; none if it is there already."""
+            shape = self._shape(rows, longest, sampling)
+            if shape in self._sessions:
+                return 0
+            needed = state_bytes(self.target, self.draft, shape)
+            return max(0, needed - int(share * _free_bytes(self.target.facts.device)))
+
+        while self._sessions and missing(most, 0.5):
+            # The caches of other shapes are the first thing to give back; the oldest stands first.
+            del self._sessions[next(iter(self._sessions))]
+        while most > 1 and missing(most, 0.5):
             most = (most + 1) // 2
-        needed = state_bytes(self.target, self.draft, self._shape(most, longest, sampling))
-        if needed > free:
+        if missing(most, 1.0):
+            needed, free = state_bytes(self.target, self.draft, self._shape(most, longest, sampling)), _free_bytes(
+                self.target.facts.device
+            )
             raise CapacityError(
-                f"a cache for {longest} tokens needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free",
+                f"a cache for {longest} tokens needs {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free",
                 at=f"{longest} tokens in one row", where=self.target.facts.name,
                 help="shorten the prompt or max_new_tokens",
             )  # fmt: skip
@@ -223,7 +244,7 @@ def optimize(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError(f"{name} must be a positive integer, got {value!r}", at=f"{name}={value!r}",
                               where="autospec.optimize", help="leave it out to let it grow as needed")  # fmt: skip
-    use_available_cores()
+    limit_threads()
     module = load_model(model, "model")
     check_causal_lm(module)
     target = capture_model(module)
@@ -270,9 +291,15 @@ def _as_dict(generation_config: Any) -> Mapping[str, Any] | None:
 
 def _prompts(input_ids: Any, attention_mask: Any, pad_id: int) -> tuple[Tensor, list[list[int]]]:
     """The padded ids [B, S] as given, and each row's real tokens."""
-    if isinstance(input_ids, Mapping) or hasattr(input_ids, "input_ids"):
-        attention_mask = input_ids.get("attention_mask", attention_mask)
+    if isinstance(input_ids, Mapping):
+        if "input_ids" not in input_ids:
+            raise OptionError("the mapping holds no input_ids", at=f"keys {', '.join(map(str, input_ids))}"[:80],
+                              where="generate", help="pass what the tokenizer returned")  # fmt: skip
+        attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
         input_ids = input_ids["input_ids"]
+    if isinstance(input_ids, str) or (isinstance(input_ids, (list, tuple)) and any(isinstance(x, str) for x in input_ids)):
+        raise OptionError("generate takes token ids, not text", at=f"input_ids={input_ids!r:.40}", where="generate",
+                          help="tokenize the text first: tokenizer(text, return_tensors='pt').input_ids")  # fmt: skip
     rows = _rows_of(input_ids) if attention_mask is None else None
     if rows is not None:
         width = max(len(row) for row in rows)
@@ -281,13 +308,20 @@ def _prompts(input_ids: Any, attention_mask: Any, pad_id: int) -> tuple[Tensor, 
     ids = _as_tensor(input_ids, "input_ids")
     if ids.dim() == 1:
         ids = ids[None]
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
+    if ids.numel() == 0:
+        raise CapacityError("the prompt is empty", at=f"input_ids of shape {tuple(ids.shape)}", where="generate",
+                            help="give at least one token, for example the bos token")  # fmt: skip
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise OptionError(f"input_ids must be integers [batch, length], got {ids.dtype} of shape {tuple(ids.shape)}",
-                          at="input_ids", where="generate", help="pass the ids of at least one prompt")  # fmt: skip
+                          at="input_ids", where="generate", help="pass token ids, one row per prompt")  # fmt: skip
     ids = ids.long()
     if attention_mask is None:
         return ids, ids.tolist()
-    mask = _as_tensor(attention_mask, "attention_mask").bool().to(ids.device)
+    given = _as_tensor(attention_mask, "attention_mask")
+    if not bool(((given == 0) | (given == 1)).all()):
+        raise OptionError("attention_mask must hold 0 for padding and 1 for tokens", at="attention_mask", where="generate",
+                          help="an additive mask cannot be given here")  # fmt: skip
+    mask = given.bool().to(ids.device)
     mask = mask[None] if mask.dim() == 1 else mask
     if mask.shape != ids.shape:
         raise OptionError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}",
@@ -312,6 +346,10 @@ def _rows_of(input_ids: Any) -> list[list[int]] | None:
         if wrong:
             raise OptionError(f"the prompt of row {number} holds {wrong[0]!r:.40}, which is no token id",
                               at=f"input_ids[{number}]", where="generate", help="tokenize the text first")  # fmt: skip
+        huge = [token for token in row if abs(int(token)) >= 2**31]
+        if huge:
+            raise OptionError(f"token id {huge[0]} is no token id", at=f"input_ids[{number}]", where="generate",
+                              help="was another tokenizer used?")  # fmt: skip
     return [[int(token) for token in row] for row in rows]
 
 
@@ -337,7 +375,8 @@ def _check_prompt(number: int, prompt: list[int], count: int, facts: Any) -> Non
     wrong = [token for token in prompt if not 0 <= token < facts.vocab_size]
     if wrong:
         raise OptionError(f"token id {wrong[0]} is outside the vocabulary of {facts.vocab_size}",
-                          at=f"row {number}", where="generate", help="was another tokenizer used?")  # fmt: skip
+                          at=f"row {number}", where="generate",
+                          help="mask padding with attention_mask; was another tokenizer used?")  # fmt: skip
 
 
 def _stream_to(streamer: Any) -> Any:

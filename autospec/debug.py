@@ -13,6 +13,8 @@ from pathlib import Path
 
 from autospec.errors import unknown_option
 
+BACKENDS = ("triton", "flashinfer")  # what AUTOSPEC_DISABLE_KERNELS may name
+
 
 @dataclass(frozen=True)
 class DebugOptions:
@@ -43,5 +45,8 @@ def options() -> DebugOptions:
 
 def disabled_kernels() -> frozenset[str]:
     """Backends switched off by AUTOSPEC_DISABLE_KERNELS (a comma-separated list such as `flashinfer,triton`)."""
-    words = os.environ.get("AUTOSPEC_DISABLE_KERNELS", "").split(",")
-    return frozenset(filter(None, (word.strip() for word in words)))
+    words = filter(None, (word.strip() for word in os.environ.get("AUTOSPEC_DISABLE_KERNELS", "").split(",")))
+    disabled = frozenset(words)
+    for word in sorted(disabled - set(BACKENDS)):
+        raise unknown_option("AUTOSPEC_DISABLE_KERNELS", word, BACKENDS)
+    return disabled

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from autospec.api import optimize
 from autospec.config import DraftTargetConfig, NGramConfig
-from autospec.lower import use_available_cores
+from autospec.lower import available_cores
 from autospec.model_zoo.bundled import demo_prompts, resolve
 
 # Draft lengths that were fastest on two cores of an AMD EPYC with the bundled models, see BENCHMARKS.md.
@@ -58,7 +58,8 @@ def run_demo(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cores = use_available_cores()
+    cores = available_cores()
+    torch.set_num_threads(cores)
     load: Any = AutoModelForCausalLM.from_pretrained
     target = load(resolve("bundled:target"), dtype=torch.float32).to(place).eval()
     draft = load(resolve("bundled:draft"), dtype=torch.float32).to(place).eval()

@@ -77,7 +77,7 @@ def check_captured(
             got = run_captured(graph, weights, ids, positions)
         except Exception as error:
             raise CaptureError(
-                f"the model or its graph does not run at batch {shape[0]}, length {shape[1]}: {type(error).__name__}: {error}"[:300],
+                f"model or graph does not run at batch {shape[0]}, length {shape[1]}: {type(error).__name__}: {error}"[:250],
                 where=name, help="the model's Python code loops over its tokens, or fixes a size that export did not notice",
             ) from error  # fmt: skip
         compare_logits(name, got, expected, f"the captured graph differs from the model at batch {shape[0]}, length {shape[1]}",

@@ -21,7 +21,7 @@ def load_model(model: Any, option: str, like: Any = None) -> Any:
         like: a module whose dtype and device a loaded draft takes.
     """
     if isinstance(model, torch.nn.Module):
-        if model.training:
+        if any(part.training for part in model.modules()):
             raise CaptureError("the model is in training mode", at=f"{option}.training is True",
                                where=type(model).__name__, help="call model.eval()")  # fmt: skip
         return model
@@ -116,6 +116,10 @@ def draft_layers(draft: Any, num_draft_layers: int | None) -> Iterator[None]:
         yield
         return
     lists = list(_layer_lists(draft, depth))
+    if not lists:
+        raise OptionError(f"the draft's {depth} layers stand in no list that could be cut short",
+                          at=f"num_draft_layers={num_draft_layers}", where=type(draft).__name__,
+                          help="leave num_draft_layers out")  # fmt: skip
     try:
         for parent, name, child in lists:
             setattr(parent, name, child[:num_draft_layers])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -28,20 +27,12 @@ hypothesis.settings.load_profile("autospec")
 def pytest_configure(config: pytest.Config) -> None:
     """Draw the seed once, before workers start: they inherit the environment."""
     os.environ.setdefault(SEED, str(random.SystemRandom().randrange(2**31)))
+    # A model of this size gains nothing from threads, and two workers that take all cores each lose everything.
     torch.set_num_threads(1)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"seed: {SEED}={os.environ[SEED]}"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A model of this size gains nothing from threads, and two workers that take all cores each lose everything."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autospec.api.use_available_cores", lambda: 1)
-        torch.set_num_threads(1)
-        yield
 
 
 @pytest.fixture(autouse=True)

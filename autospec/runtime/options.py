@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from autospec.errors import OptionError, unknown_option
 from autospec.runtime.request import SamplingParams
 
@@ -23,7 +25,7 @@ _OFF = {
     "num_return_sequences": 1, "seed": 0,
 }  # fmt: skip
 # Options of ours that transformers does not have, or passes beside its configuration.
-_EXTRA = {"seed": 0, "tokenizer": None}
+_EXTRA = {"seed": None, "tokenizer": None}
 # Options without an effect on the tokens, or that describe what autospec does anyway.
 _IGNORED = {
     "use_cache", "cache_implementation", "cache_config", "max_cache_len", "bos_token_id", "decoder_start_token_id",
@@ -113,9 +115,17 @@ def parse(given: Mapping[str, Any], config: Mapping[str, Any] | None, defaults: 
     return GenerateOptions(
         max_new_tokens=_integer(merged, "max_new_tokens", 1), max_length=_integer(merged, "max_length", 1),
         eos_ids=eos_ids, pad_id=pad_id if pad_id is not None else (eos_ids[0] if eos_ids else 0),
-        sampling=_sampling(merged), seed=_integer(merged, "seed", None) or 0, num_return_sequences=copies,
+        sampling=_sampling(merged), seed=_seed(merged), num_return_sequences=copies,
         stop_strings=merged["stop_strings"], tokenizer=merged["tokenizer"],
     )  # fmt: skip
+
+
+def _seed(merged: Mapping[str, Any]) -> int:
+    """The given seed; without one, sampling draws it from torch's generator, as transformers' sampling does."""
+    seed = _integer(merged, "seed", None)
+    if seed is None:
+        seed = int(torch.randint(2**62, (1,))) if merged["do_sample"] is True else 0
+    return seed
 
 
 def check_names(where: str, given: Iterable[str]) -> None:
@@ -139,6 +149,8 @@ def _integer(merged: Mapping[str, Any], name: str, least: int | None) -> int | N
 def _number(merged: Mapping[str, Any], name: str) -> float:
     value = merged[name]
     try:
+        if isinstance(value, (str, bool)):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise OptionError(f"{name} must be a number, got {value!r:.40}", at=f"{name}={value!r:.40}", where="generate",
@@ -153,7 +165,11 @@ def _ids(value: Any) -> tuple[int, ...]:
         listed = value.tolist()
         found = listed if isinstance(listed, list) else [listed]
     try:
-        return tuple(int(token) for token in found if int(token) >= 0)
+        listed = [operator.index(token) for token in found]
+        if any(isinstance(token, bool) or token >= 2**31 for token in found):
+            raise ValueError
+        # Some checkpoints write -1 for "none".
+        return tuple(dict.fromkeys(token for token in listed if token >= 0))
     except (TypeError, ValueError):
         raise OptionError(f"eos_token_id must be an id or a list of ids, got {value!r:.60}",
                           at=f"eos_token_id={value!r:.60}", where="generate",
@@ -161,6 +177,10 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _sampling(merged: Mapping[str, Any]) -> SamplingParams:
+    if not isinstance(merged["do_sample"], bool):
+        raise OptionError(f"do_sample must be True or False, got {merged['do_sample']!r:.40}",
+                          at=f"do_sample={merged['do_sample']!r:.40}", where="generate",
+                          help="do_sample=False decodes greedily")  # fmt: skip
     penalty = _number(merged, "repetition_penalty")
     if not merged["do_sample"]:
         return SamplingParams(repetition_penalty=penalty)
@@ -171,4 +191,4 @@ def _sampling(merged: Mapping[str, Any]) -> SamplingParams:
             at=f"temperature={merged['temperature']}", where="generate", help="greedy decoding is do_sample=False",
         )  # fmt: skip
     min_p = 0.0 if merged["min_p"] is None else _number(merged, "min_p")
-    return SamplingParams(temperature, _integer(merged, "top_k", 0) or 0, _number(merged, "top_p"), min_p, penalty)
+    return SamplingParams(temperature, min(_integer(merged, "top_k", 0) or 0, 2**31 - 1), _number(merged, "top_p"), min_p, penalty)

@@ -1,7 +1,8 @@
 """How many draft tokens the next step verifies: the length that maximises expected tokens per second.
 
-The choice uses step times measured at warm-up and acceptance counted on the device, seen at a fixed lag: never the
-clock, never "the newest counter", so that a run is reproducible.
+The choice uses step times, measured once at warm-up, and acceptance counted on the device, seen at a fixed lag. Within
+a process a run is reproducible; another process may measure other times and choose other lengths, which never changes
+the tokens in exact arithmetic.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Session:
         self, requests: Sequence[Request], eos_ids: Sequence[int], metrics: Metrics, emit: Emit | None = None
     ) -> None:
         """Generate all requests, at most `batch_size` of them; tokens go to request.output and to `emit`."""
-        start = time.perf_counter()
         policy = DraftLengthPolicy(self.step_seconds()) if len(self.steps) > 1 else None
+        start = time.perf_counter()  # after the warm-up that measures the steps, once per program
         self._load(requests, eos_ids)
         ends = frozenset(eos_ids)
         for _ in range(self._chunks(requests)):

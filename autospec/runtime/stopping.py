@@ -17,8 +17,8 @@ class StopStrings:
     """
 
     def __init__(self, tokenizer: Any, strings: str | Sequence[str]) -> None:
-        self.strings = [strings] if isinstance(strings, str) else list(strings)
-        if tokenizer is None:
+        self.strings: list[Any] = list(strings) if isinstance(strings, (list, tuple)) else [strings]
+        if not hasattr(tokenizer, "decode"):
             raise OptionError(
                 "stop_strings needs the tokenizer to read the output", at=f"stop_strings={self.strings!r}",
                 where="generate", help="pass tokenizer=... as in transformers",

@@ -46,16 +46,16 @@ CALLS: dict[str, tuple[type[Exception], Any, dict[str, Any], str]] = {
     "unknown field": (OptionError, [[1]], {"generation_config": {"top_kk": 3}}, "did you mean 'top_k'?"),
     "wrong config": (OptionError, [[1]], {"generation_config": 7}, "must be a GenerationConfig, got int"),
     "no prompt": (OptionError, None, {}, "generate needs input_ids"),
-    "no rows": (OptionError, torch.zeros(0, 4, dtype=torch.int64), {}, "got torch.int64 of shape (0, 4)"),
-    "empty list": (OptionError, [], {}, "input_ids must be integers"),
+    "no rows": (CapacityError, torch.zeros(0, 4, dtype=torch.int64), {}, "the prompt is empty"),
+    "empty list": (CapacityError, [], {}, "the prompt is empty"),
     "floats": (OptionError, torch.ones(1, 4), {}, "got torch.float32"),
     "booleans": (OptionError, torch.ones(1, 4, dtype=torch.bool), {}, "got torch.bool"),
     "three axes": (OptionError, torch.ones(1, 4, 2, dtype=torch.int64), {}, "of shape (1, 4, 2)"),
-    "text": (OptionError, "hello", {}, "input_ids is no rectangular array of integers"),
+    "text": (OptionError, "hello", {}, "generate takes token ids, not text"),
     "texts": (OptionError, [["hello"]], {}, "holds 'hello', which is no token id"),
     "ragged list with a mask": (OptionError, [[1], [2, 3]], {"attention_mask": [[1], [1, 1]]}, "no rectangular array"),
     "empty prompt": (CapacityError, [[5], []], {}, "the prompt of row 1 is empty"),
-    "empty tensor": (CapacityError, torch.zeros(2, 0, dtype=torch.int64), {}, "the prompt of row 0 is empty"),
+    "empty tensor": (CapacityError, torch.zeros(2, 0, dtype=torch.int64), {}, "the prompt is empty"),
     "masked prompt": (CapacityError, [[5, 6]], {"attention_mask": [[0, 0]]}, "the prompt of row 0 is empty"),
     "wrong mask": (OptionError, [[5, 6]], {"attention_mask": [[1]]}, "attention_mask has shape (1, 1)"),
     "hole": (OptionError, [[5] * 4] * 2, {"attention_mask": [[1] * 4, [1, 0, 1, 1]]}, "holes inside the prompt of row"),
@@ -77,6 +77,16 @@ CALLS: dict[str, tuple[type[Exception], Any, dict[str, Any], str]] = {
     "greedy copies": (OptionError, [[5]], {"num_return_sequences": 2, "do_sample": False}, "needs do_sample=True"),
     "no copies": (OptionError, [[5]], {"num_return_sequences": 0}, "num_return_sequences must be an integer"),
     "seed": (OptionError, [[5]], {"seed": "x"}, "seed must be an integer"),
+    "sampling in words": (OptionError, [[5]], {"do_sample": "no"}, "do_sample must be True or False, got 'no'"),
+    "half an eos": (OptionError, [[5]], {"eos_token_id": 1.7}, "eos_token_id must be an id"),
+    "an eos beyond any id": (OptionError, [[5]], {"eos_token_id": 2**70}, "eos_token_id must be an id"),
+    "an id beyond any id": (OptionError, [[2**70]], {}, "is no token id"),
+    "a mapping of something else": (OptionError, {"a": 1}, {}, "the mapping holds no input_ids"),
+    "an additive mask": (OptionError, [[5, 6]], {"attention_mask": [[-1e9, 0.0]]}, "0 for padding and 1 for tokens"),
+    "stop strings of numbers": (OptionError, [[5]], {"stop_strings": 5, "tokenizer": TOKENIZER}, "non-empty strings"),
+    "no tokenizer": (OptionError, [[5]], {"stop_strings": "x", "tokenizer": 3}, "stop_strings needs the tokenizer"),
+    "no streamer": (OptionError, [[5]], {"streamer": 5}, "a streamer needs put and end"),
+    "two prompts": (OptionError, [[5]], {"inputs": [[6]]}, "both input_ids and inputs"),
     "eos in words": (OptionError, [[5]], {"eos_token_id": "end"}, "eos_token_id must be an id"),
     "many eos ids": (OptionError, [[5]], {"eos_token_id": list(range(9))}, "9 eos ids were given, at most 8"),
     "stop strings alone": (OptionError, [[5]], {"stop_strings": "x"}, "stop_strings needs the tokenizer"),
@@ -118,7 +128,50 @@ def test_a_machine_that_is_too_small(optimized: Any, refused: Refused, monkeypat
     monkeypatch.setattr(api, "_free_bytes", lambda device: one_row * 5)
     assert torch.equal(fast.generate([[5], [6], [7], [8]], max_new_tokens=6, **PLAIN), expected), "in smaller waves"
     monkeypatch.setattr(api, "_free_bytes", lambda device: one_row - 1)
-    assert "only 0.0 GB are free" in str(refused(CapacityError, lambda: fast.generate([[5]], max_new_tokens=6)))
+    fast._sessions.clear()
+    assert "MB are free" in str(refused(CapacityError, lambda: fast.generate([[5]], max_new_tokens=6)))
+
+
+def test_a_cache_that_is_there_already_is_not_charged_again(optimized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = optimized("plain", page_size=7)
+    first = fast.generate([[5, 6]], max_new_tokens=6, **PLAIN)
+    monkeypatch.setattr(api, "_free_bytes", lambda device: 1)
+    assert torch.equal(fast.generate([[5, 6]], max_new_tokens=6, **PLAIN), first)
+    (old,) = fast._sessions
+    monkeypatch.setattr(api, "_free_bytes", lambda device: 10**12 if old not in fast._sessions else 1)
+    fast.generate([[5] * 150], max_new_tokens=6, **PLAIN)
+    assert old not in fast._sessions, "the caches of other shapes make room"
+
+
+def test_explain_keeps_to_the_limits(optimized: Any) -> None:
+    fast = optimized("plain", max_length=24)
+    assert fast.program.shape.max_length == 24
+    assert "rows of 24 tokens" in fast.explain()
+
+
+def test_optimize_leaves_threads_and_training_flags_alone() -> None:
+    threads = torch.get_num_threads()
+    module = model("target")
+    assert threads == 1
+    autospec.optimize(module, None, compile="eager")
+    assert torch.get_num_threads() == threads
+    part = next(part for name, part in module.named_modules() if name.endswith("mlp"))
+    part.train()
+    try:
+        with pytest.raises(autospec.CaptureError, match="training mode"):
+            autospec.optimize(module, None, compile="eager")
+        assert part.training
+    finally:
+        part.eval()
+
+
+def test_without_a_seed_sampling_follows_torch(optimized: Any) -> None:
+    fast, options = optimized("ngram"), {"do_sample": True, "max_new_tokens": 12, "pad_token_id": 0}
+    torch.manual_seed(1)
+    first, second = fast.generate([[5, 6]], **options), fast.generate([[5, 6]], **options)
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(fast.generate([[5, 6]], **options), first)
 
 
 # name -> (kind, arguments of optimize, part of the message)

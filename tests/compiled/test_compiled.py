@@ -94,11 +94,12 @@ def test_lowering_refuses_a_page_sized_copy() -> None:
 
 def test_page_copies_are_found_in_generated_code() -> None:
     state = [Slot("state", "v_pages.3", (5, 4, 2, 8))]
-    refuse_page_copies(["buf0 = empty_strided_cpu((5, 4, 16), (64, 16, 1), torch.float32)".replace("5", "4")], state)
+    # An activation may well have as many elements: batch 1, 20 rows, 16 wide.
+    refuse_page_copies(["buf0 = empty_strided_cpu((1, 20, 16), (320, 16, 1), torch.float32)"], state)
     copies = (
-        "buf0 = empty_strided_cpu((20, 16), (16, 1), torch.float32)",
-        "static constexpr int64_t int_array_7[] = {20L, 16L};\n"
-        "AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, int_array_7, int_array_8, 6, 0, 0, &buf0_handle));",
+        "buf0 = empty_strided_cpu((5, 4, 2, 8), (64, 16, 8, 1), torch.float32)",
+        "static constexpr int64_t int_array_7[] = {5L, 4L, 2L, 8L};\n"
+        "AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, int_array_7, int_array_8, 6, 0, 0, &buf0_handle));",
     )
     for source in copies:
         with pytest.raises(LoweringError, match=r"v_pages\.3"):

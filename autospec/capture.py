@@ -60,7 +60,8 @@ def _mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None =
     assert _recorder is not None, "the autospec mask interface was called outside capture"
     if _recorder.replaying:
         if _recorder.masks_asked >= len(_recorder.specs):
-            raise CaptureError("the model asks for more masks under export than in an eager run")
+            raise CaptureError("the model asks for more masks under export than in an eager run", where="the attention mask",
+                               help="its Python code takes another path under export than in an eager run")  # fmt: skip
         spec = _recorder.specs[_recorder.masks_asked]
         _recorder.masks_asked += 1
         if attention_mask is not None:
@@ -373,6 +374,11 @@ def export_model(model: Any) -> Exported:
         ) from error
     finally:
         _recorder = None
+    if recorded.masks_asked != len(recorded.specs):
+        raise CaptureError(
+            f"the model asks for {len(recorded.specs)} masks in an eager run, and for {recorded.masks_asked} under export",
+            where=name, help="its Python code takes another path under export than in an eager run",
+        )  # fmt: skip
     graph, weights = _with_slots(exported, name)
     found = len(list(calls(graph, attention)))
     if found != count:

@@ -195,13 +195,13 @@ _LIVELY = 8  # distinct tokens among those generated for every prompt
 
 
 def lively_model(
-    model_type: str, prompt_lens: tuple[int, ...], new_tokens: int, **overrides: Any
+    model_type: str, prompt_lens: tuple[int, ...], new_tokens: int, seed: int = 0, **overrides: Any
 ) -> tuple[Any, list[list[int]], int]:
     """A tiny model whose greedy texts do not collapse, prompts for it, and the distinct tokens of its poorest text."""
     best: tuple[Any, list[list[int]], int] | None = None
-    for seed, (gain, embedding) in enumerate(_SPREADS):
-        model = tiny_model(model_type, seed=seed, gain=gain, embedding=embedding, **overrides)
-        prompts = random_prompts(model, prompt_lens, seed)
+    for number, (gain, embedding) in enumerate(_SPREADS, start=seed * len(_SPREADS)):
+        model = tiny_model(model_type, seed=number, gain=gain, embedding=embedding, **overrides)
+        prompts = random_prompts(model, prompt_lens, number)
         distinct = new_tokens
         for prompt in prompts:
             text = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)[0, len(prompt) :]

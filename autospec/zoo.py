@@ -70,14 +70,14 @@ def causal_lm_types() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def check_type(model_type: str, drafters: Sequence[str] = DRAFTERS) -> Row:
-    """Build, capture and decode one type in this process."""
+def check_type(model_type: str, drafters: Sequence[str] = DRAFTERS, seed: int = 0) -> Row:
+    """Build, capture and decode one type in this process; the drafter "self" is the model itself."""
     from autospec.tiny_models import lively_model
 
     start = time.perf_counter()
     row = Row(model_type, "not built")
     try:
-        model, prompts, distinct = lively_model(model_type, PROMPT_LENS, NEW_TOKENS)
+        model, prompts, distinct = lively_model(model_type, PROMPT_LENS, NEW_TOKENS, seed)
     except Exception as error:
         return dataclasses.replace(row, reason=_first_line(error), seconds=time.perf_counter() - start)
     row = dataclasses.replace(row, model=type(model).__name__, distinct=distinct)
@@ -117,6 +117,8 @@ def _decode(model: Any, prompts: list[list[int]], drafters: Sequence[str], row: 
         elif drafter == "draft":
             small = tiny_model("llama", seed=1, vocab_size=target.facts.vocab_size, num_hidden_layers=1)
             draft, speculation = capture_model(small, "draft"), DraftTargetConfig(small, max_draft_len=3)
+        elif drafter == "self":
+            draft, speculation = target, DraftTargetConfig(model, max_draft_len=3)
         fast = OptimizedModel(target, draft, speculation, "eager", Limits(None, None, None), {})
         got = fast.generate(prompts, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         same[drafter] = torch.equal(got[:, max(PROMPT_LENS) :], expected)
@@ -158,19 +160,23 @@ def _first_line(error: BaseException) -> str:
 # ---- a pool: one fresh process per type, forked from a server that has imported everything
 
 
-def _worker(model_type: str, connection: Any) -> None:
+def _worker(model_type: str, seed: int, connection: Any) -> None:
     import torch
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch prints whole graphs where an export fails
     torch.set_num_threads(1)
-    connection.send(check_type(model_type))
+    connection.send(check_type(model_type, seed=seed))
     connection.close()
 
 
 def run_zoo(
-    types: Sequence[str] | None = None, jobs: int = 2, progress: bool = False, time_limit: float = TIME_LIMIT
+    types: Sequence[str] | None = None,
+    jobs: int = 2,
+    progress: bool = False,
+    time_limit: float = TIME_LIMIT,
+    seed: int = 0,
 ) -> list[Row]:
     """Check types, each in a process of its own, `jobs` at a time; rows come in the order of `types`."""
     context = multiprocessing.get_context("forkserver")
@@ -184,7 +190,7 @@ def run_zoo(
         while waiting and len(running) < jobs:
             model_type = waiting.pop()
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(model_type, sender), daemon=True)
+            process = context.Process(target=_worker, args=(model_type, seed, sender), daemon=True)
             process.start()
             sender.close()
             running[receiver] = (model_type, process, time.perf_counter())
@@ -278,6 +284,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--jobs", type=int, default=2, help="types at once")
     options.add_argument("--json", metavar="FILE", help="write the rows there as well")
     options.add_argument("--markdown", action="store_true", help="print the table of the documentation instead")
+    options.add_argument("--seed", type=int, default=0, help="another seed makes other models and prompts")
     options.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="seconds for one type")
     return options
 
@@ -294,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise OptionError(
             f"--jobs must be at least 1, got {given.jobs}", at=f"--jobs {given.jobs}", where="autospec zoo"
         )
-    rows = run_zoo(types, given.jobs, progress=True, time_limit=given.time_limit)
+    rows = run_zoo(types, given.jobs, progress=True, time_limit=given.time_limit, seed=given.seed)
     if given.json:
         with open(given.json, "w") as file:
             json.dump([dataclasses.asdict(row) for row in rows], file, indent=1)

@@ -98,6 +98,8 @@ def _lift(node: fx.Node, positions: torch.Tensor) -> dict[fx.Node, Any] | str:
         if _adds_batch(user, lifted):
             lifted[user] = lifted[user.args[0]]  # type: ignore[index]
             continue
+        if _indexes_tokens(user, lifted):
+            return "they index the tokens of this call"
         args, kwargs = fx.map_arg((_arguments(user, lifted), user.kwargs), lambda n: lifted.get(n, n.meta["val"]))
         try:
             with torch.no_grad():
@@ -114,6 +116,16 @@ def _behind(node: fx.Node) -> Iterator[fx.Node]:
     while following.op != "root":
         yield following
         following = following.next
+
+
+def _indexes_tokens(node: fx.Node, lifted: dict[fx.Node, Any]) -> bool:
+    """A gather with positions from a tensor that has a row per token, not from a table."""
+    if not is_call(node, (aten.embedding, aten.index_select, aten.gather, aten.index, aten.take_along_dim)):
+        return False
+    table = node.args[0]
+    return isinstance(table, fx.Node) and table not in lifted and any(
+        isinstance(size, torch.SymInt) for size in table.meta["val"].shape
+    )
 
 
 def _adds_batch(node: fx.Node, lifted: dict[fx.Node, Any]) -> bool:

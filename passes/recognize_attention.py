@@ -69,10 +69,13 @@ class RecognizeAttention(Pass):
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         count = 0
+        fixed: list[fx.Node] = []
         specs: dict[tuple[Any, ...], ScoreSpec | str] = {}
         for anchor in calls(module, (_SDPA, *_SOFTMAX)):
-            if not isinstance(anchor.meta["val"].shape[-2 if is_call(anchor, _SDPA) else -1], torch.SymInt):
-                continue  # a softmax over experts or features
+            sizes = anchor.meta["val"].shape
+            if not isinstance(sizes[-2 if is_call(anchor, _SDPA) else -1], torch.SymInt):
+                fixed += [anchor] if len(sizes) == 4 and sizes[-1] == sizes[-2] else []
+                continue  # a softmax over experts or features, most likely
             site = _sdpa(module, anchor) if is_call(anchor, _SDPA) else _written_out(module, anchor)
             spec: ScoreSpec | str = site if isinstance(site, str) else ""
             if isinstance(site, Site):
@@ -85,6 +88,8 @@ class RecognizeAttention(Pass):
                     count += 1
                     continue
             notes.refuse(anchor, str(spec))
+        if fixed and next(calls(module, attention), None) is None:
+            notes.refuse(fixed[0], f"export turned its length into the constant {fixed[0].meta['val'].shape[-1]}")
         if count:
             _drop_unused_weights(module)
         return count

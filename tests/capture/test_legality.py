@@ -124,7 +124,20 @@ class CountsPositions(Planted):
         return x + self.table[torch.arange(x.shape[1])]
 
 
-def test_counted_positions_become_position_ids():
+@pytest.fixture
+def no_cache_of_its_own(monkeypatch):
+    """Toys that count positions have no idea of a cache, so their own cached decoding is wrong."""
+    monkeypatch.setattr("autospec.legality.check_cached", lambda model: None)
+
+
+def test_a_model_whose_own_cache_is_wrong_is_refused():
+    model = llama()
+    model.model.layers[1].mlp = CountsPositions(model.model.layers[1].mlp).eval()
+    with pytest.raises(CaptureError, match="transformers' cached decoding differs from its uncached forward"):
+        capture_model(model)
+
+
+def test_counted_positions_become_position_ids(no_cache_of_its_own):
     model = llama()
     model.model.layers[1].mlp = CountsPositions(model.model.layers[1].mlp).eval()
     captured = capture_model(model)
@@ -151,7 +164,7 @@ def test_a_mask_made_of_tokens_is_refused():
         capture_model(with_forward(llama(), forward))
 
 
-def test_a_constant_padding_mask_is_no_mask():
+def test_a_constant_padding_mask_is_no_mask(no_cache_of_its_own):
     def forward(self, input_ids, position_ids=None, use_cache=None, **options):
         return super(type(self), self).forward(
             input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids, use_cache=use_cache
@@ -254,7 +267,7 @@ class ThresholdFarAway(Planted):
         return x * (1 + torch.log1p(torch.floor(place / 1000.0)))[:, None].expand(*x.shape[:2], 1)
 
 
-def test_a_far_threshold_reads_position_ids():
+def test_a_far_threshold_reads_position_ids(no_cache_of_its_own):
     """Llama 4 scales queries so; captured as an arange, it was wrong past the first step only."""
     model = llama(max_position_embeddings=4096)
     model.model.layers[1].mlp = ThresholdFarAway(model.model.layers[1].mlp).eval()

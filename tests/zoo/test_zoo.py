@@ -44,11 +44,11 @@ def test_a_wrong_token_is_seen(monkeypatch):
     assert zoo.totals([row]).startswith("0 identical, 0 refused, 1 wrong")
 
 
-def _crash(model_type, connection):
+def _crash(model_type, seed, connection):
     os._exit(7)
 
 
-def _hang(model_type, connection):
+def _hang(model_type, seed, connection):
     time.sleep(60)
 
 
@@ -72,7 +72,7 @@ def test_an_exception_that_is_no_refusal_is_a_failure(monkeypatch):
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     rows = [zoo.Row("opt", "identical", drafters={"plain": True}), zoo.Row("mamba", "refused", "no attention | at all")]
-    monkeypatch.setattr(zoo, "run_zoo", lambda types, jobs, progress, time_limit: [r for r in rows if r.model_type in types])
+    monkeypatch.setattr(zoo, "run_zoo", lambda types, jobs, **options: [r for r in rows if r.model_type in types])
     path = tmp_path / "rows.json"
     assert zoo.main(["--types", "opt,mamba", "--json", str(path), "--markdown"]) == 0
     text = capsys.readouterr().out

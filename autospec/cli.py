@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from autospec.errors import AutospecError, OptionError
+from autospec.errors import AutospecError, CheckpointError, OptionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = _parser()
     asked = parser.parse_args(arguments)
+    # torch's own pytree and export code warns about itself on every copy; nobody at a command line can act on it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return int(asked.run(asked) or 0)
     except AutospecError as error:
@@ -111,8 +114,15 @@ def _generate(asked: argparse.Namespace) -> int:
 
     from autospec.model_zoo.bundled import resolve
 
+    if asked.temperature < 0:
+        raise OptionError(f"--temperature must not be negative, got {asked.temperature}", at="--temperature",
+                          where="autospec generate", help="0 decodes greedily")  # fmt: skip
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(asked.model))
+    except (OSError, ValueError) as error:
+        raise CheckpointError("the model's tokenizer cannot be loaded", at=asked.model, where="autospec generate",
+                              help=f"text needs one: {(str(error).splitlines() or [''])[0]:.120}") from error  # fmt: skip
     fast = _optimized(asked)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(asked.model))
     inputs = tokenizer(asked.prompt, return_tensors="pt")
     sampling: dict[str, Any] = {"do_sample": False}
     if asked.temperature > 0:

@@ -6,6 +6,7 @@ Field names are TensorRT-LLM's where it has one, so that a configuration can be 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -138,7 +139,11 @@ def parse_speculation(value: object) -> Speculation:
     if isinstance(value, str):
         if value in named:
             return named[value]()
-        raise unknown_option("speculation", value, [*named, "None"])
+        close = difflib.get_close_matches(value, named, n=1)
+        raise OptionError(
+            f"there is no speculation called '{value}'", at=f"speculation={value!r}", where="autospec.optimize",
+            help=f"did you mean '{close[0]}'?" if close else "known: 'auto', 'ngram', None, or a configuration",
+        )  # fmt: skip
     raise OptionError(
         f"speculation must be 'auto', 'ngram', None or a configuration, got {type(value).__name__}",
         at=f"speculation={value!r:.80}",

@@ -38,6 +38,10 @@ def load_model(model: Any, option: str, like: Any = None) -> Any:
         if weight.is_cuda:
             options["device_map"] = {"": weight.device}
     path = Path(model)
+    looks_local = not str(model) or str(model).startswith(("/", ".", "~")) or str(model).count("/") > 1
+    if looks_local and (not str(model) or not path.exists()):
+        raise CheckpointError("there is no such folder", at=f"{option}={str(model)!r}", where="autospec.optimize",
+                              help="name a folder written by save_pretrained, or a hub id such as 'name/model'")  # fmt: skip
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError("the folder has no config.json", at=str(path), where=option,
                               help="name a folder written by save_pretrained")  # fmt: skip

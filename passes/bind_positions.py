@@ -133,8 +133,9 @@ def _adds_batch(node: fx.Node, lifted: dict[fx.Node, Any]) -> bool:
     source = node.args[0] if node.args else None
     if not is_call(node, aten.unsqueeze) or not isinstance(source, fx.Node) or source not in lifted:
         return False
-    dims = source.meta["val"].dim()
-    return node.args[1] in (0, -dims - 1) and lifted[source].dim() == dims + 1
+    before, now = source.meta["val"], lifted[source]
+    dims = before.dim()
+    return node.args[1] in (0, -dims - 1) and isinstance(now, torch.Tensor) and now.dim() == dims + 1
 
 
 def _arguments(node: fx.Node, lifted: dict[fx.Node, Any]) -> tuple[Any, ...]:
@@ -143,8 +144,9 @@ def _arguments(node: fx.Node, lifted: dict[fx.Node, Any]) -> tuple[Any, ...]:
     Dimensions counted from the front move by one; a view that put a 1 in front leaves room for the batch there.
     """
     source = node.args[0] if node.args else None
-    if isinstance(source, fx.Node) and source in lifted and len(node.args) > 1:
-        gained = lifted[source].dim() - source.meta["val"].dim()
+    if isinstance(source, fx.Node) and isinstance(lifted.get(source), torch.Tensor) and len(node.args) > 1:
+        before, now = source.meta["val"], lifted[source]
+        gained = now.dim() - before.dim() if isinstance(now, torch.Tensor) else 0
         dim = node.args[1]
         if is_call(node, (aten.unsqueeze, aten.slice)) and gained == 1 and isinstance(dim, int) and dim >= 0:
             return (source, dim + 1, *node.args[2:])

@@ -197,10 +197,8 @@ class _Logits(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        parameters = inspect.signature(model.forward).parameters
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self.takes_positions = "position_ids" in parameters or takes_any
-        self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters or takes_any else {}
+        self.takes_positions = takes_position_ids(model)
+        self.options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Any:
         options = dict(self.options)
@@ -210,6 +208,16 @@ class _Logits(torch.nn.Module):
         if _recorder is not None and _recorder.padding_masks:
             return logits, *_recorder.padding_masks  # outputs, so that the graph says what they are made of
         return logits
+
+
+def takes_position_ids(model: Any) -> bool:
+    """Whether the model's forward takes position_ids; generate then passes them, too."""
+    return _takes(model, "position_ids")
+
+
+def _takes(model: Any, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def eager_logits(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:

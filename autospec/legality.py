@@ -14,6 +14,7 @@ from autospec.capture import (
     example_inputs,
     probe_token_mixing,
     special_tokens,
+    takes_position_ids,
     token_local,
 )
 from autospec.errors import CaptureError
@@ -147,14 +148,16 @@ def check_cached(model: Any) -> None:
     name = type(model).__name__
     ids, positions = example_inputs(model, (2, 9), seed=9)
     expected = eager_logits(model, ids, positions)
+    takes_positions = takes_position_ids(model)
+    got: list[Tensor] = []
+    cache = None
     try:
-        with torch.no_grad():
-            first = model(input_ids=ids[:, :6], use_cache=True)
-            cache = first.past_key_values
-            got = [first.logits]
-            for column in range(6, 9):
-                step = model(input_ids=ids[:, column : column + 1], past_key_values=cache, use_cache=True)
-                got.append(step.logits)
+        for start, end in ((0, 6), (6, 7), (7, 8), (8, 9)):
+            options: dict[str, Any] = {"position_ids": positions[:, start:end]} if takes_positions else {}
+            with torch.no_grad():
+                out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **options)
+            cache = out.past_key_values
+            got.append(out.logits)
     except Exception:  # a model without a cache of its own: generate does without, too
         return
     if any(part.shape[1] != width for part, width in zip(got, (6, 1, 1, 1), strict=True)):

@@ -330,6 +330,17 @@ def reserved_tokens(model: Any, shape: tuple[int, int]) -> Tensor:
     return ids.to(next(model.parameters()).device)
 
 
+def _reads(wrapped: torch.nn.Module, input_ids: Tensor, position_ids: Tensor) -> bool:
+    """Whether the model accepts these tokens alone; those that stand for pictures it may not."""
+    try:
+        wrapped(input_ids, position_ids)
+    except CaptureError:
+        raise
+    except Exception:
+        return False
+    return True
+
+
 def special_tokens(model: Any) -> list[int]:
     """Padding, first and last token, where the configuration names them."""
     config = text_config(model)
@@ -354,8 +365,8 @@ def export_model(model: Any) -> Exported:
             _recorder = recorded = _Recorder(limit)
             wrapped(*inputs)
             _recorder = again = _Recorder(limit)
-            wrapped(reserved_tokens(model, EXAMPLE_SHAPE), inputs[1])
-            if recorded.specs != again.specs or recorded.attention_calls != again.attention_calls:
+            is_read = _reads(wrapped, reserved_tokens(model, EXAMPLE_SHAPE), inputs[1])
+            if is_read and (recorded.specs, recorded.attention_calls) != (again.specs, again.attention_calls):
                 raise CaptureError("the attention masks depend on which tokens are read", where=name,
                                    help="a mask made of data cannot be decoded step by step")  # fmt: skip
             count = recorded.attention_calls

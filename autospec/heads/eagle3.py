@@ -62,7 +62,8 @@ class Eagle3Attention(nn.Module):
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
         kv_heads = config.num_key_value_heads
-        assert config.head_dim and kv_heads, "LlamaConfig fills both in"
+        assert config.head_dim, "LlamaConfig fills it in"
+        assert kv_heads, "LlamaConfig fills it in"
         self.index, self.head_dim = index, config.head_dim
         width = config.hidden_size * (2 if index == 0 else 1)
         bias = bool(config.attention_bias)

@@ -4,7 +4,8 @@ q [B, N, Hq, D]; k_pages [num_pages, P, Hkv, D]; v_pages [num_pages, P, Hkv, Dv]
 kv_lens [B] int32, rows committed before this call; the N new rows were appended at slots kv_lens ... kv_lens + N - 1.
 Without `tree_mask` node j is at position kv_lens + j and sees everything up to itself (a chain).
 With it, node j is at position kv_lens + depth, depth = popcount of its mask row - 1, and sees the committed rows
-and its ancestors. Windows and chunks are measured in positions, never in slots.
+and its ancestors. Windows and chunks are measured in positions, never in slots. A mask of more than N nodes is that of
+a tree whose first nodes earlier calls appended: q holds its last N nodes, node j of the whole tree is at slot kv_lens + j.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from autospec.kernels.timing import Measurement, measure
 from autospec.kernels.tree_tables import tree_tables
 
 
-def unpack_tree_mask(tree_mask: Tensor, q_len: int) -> Tensor:
-    """tree_mask [B, N, ceil(N/32)] int32 -> bool [B, N, N]: node j is visible from node i."""
-    node = torch.arange(q_len, device=tree_mask.device)
+def unpack_tree_mask(tree_mask: Tensor) -> Tensor:
+    """tree_mask [B, T, >= ceil(T/32)] int32 -> bool [B, T, T]: node j is visible from node i."""
+    node = torch.arange(tree_mask.shape[1], device=tree_mask.device)
     words = tree_mask.index_select(2, node // 32)
     return ((words >> (node % 32).to(torch.int32)) & 1).bool()
 
@@ -39,15 +40,16 @@ def slot_positions(
     slot = torch.arange(num_slots, device=kv_lens.device)[None, :]
     if tree_mask is None:
         return committed + torch.arange(q_len, device=kv_lens.device)[None, :], slot, None
-    among_nodes = unpack_tree_mask(tree_mask, q_len)
+    among_nodes = unpack_tree_mask(tree_mask)
+    count = tree_mask.shape[1]
     depth = among_nodes.sum(-1) - 1
     node = slot - committed  # which node a slot holds; negative: committed
-    is_node = (node >= 0) & (node < q_len)
-    node = node.clamp(0, q_len - 1)
+    is_node = (node >= 0) & (node < count)
+    node = node.clamp(0, count - 1)
     position = torch.where(is_node, committed + depth.gather(1, node), slot)
-    linked = among_nodes.gather(2, node[:, None, :].expand(-1, q_len, -1))
+    linked = among_nodes[:, count - q_len :].gather(2, node[:, None, :].expand(-1, q_len, -1))
     allowed = torch.where(is_node[:, None, :], linked, slot[:, None, :] < committed[:, :, None])
-    return committed + depth, position, allowed
+    return committed + depth[:, count - q_len :], position, allowed
 
 
 def visible_slots(
@@ -68,7 +70,7 @@ def paged_attention(
     """q [B, N, Hq, D] -> [B, N, Hq, Dv] in q's dtype.
 
     q_lens [B] int32: valid rows per request, the rest is padding whose result is unspecified (None: all are valid);
-    tree_mask [B, N, ceil(N/32)] int32; sinks [Hq]; window, chunk, softcap 0 for none;
+    tree_mask [B, T, >= ceil(T/32)] int32, T >= N: q holds the last N of T nodes; sinks [Hq]; window, chunk, softcap 0 for none;
     alibi_slopes [Hq]: each head adds its slope times (key position - query position) to its scores.
     """
     batch, q_len = q.shape[:2]
@@ -264,7 +266,7 @@ def linked_nodes(p_mask, i_t, kv_len, o_node, m_m, WORDS: tl.constexpr, T: tl.co
 @jit
 def attend_split(
     p_q, p_k, p_v, p_table, p_lens, p_q_lens, p_mask, p_sinks, p_slopes, p_out, p_lse,
-    stride_qb, stride_qn, stride_qh, stride_tb, q_len, max_pages, scale,
+    stride_qb, stride_qn, stride_qh, stride_tb, q_len, earlier, max_pages, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, WORDS: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, IS_WIDE: tl.constexpr,
     M: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PREFETCH: tl.constexpr,
@@ -289,12 +291,13 @@ def attend_split(
     # Positions of the rows, and the slots that any of them can see: low ... end - 1.
     first_node = i_m * M // G
     b_depth = o_node
+    o_tree = o_node + earlier  # the rows' nodes in the whole tree; earlier is 0 without one
     if p_mask is not None:
-        p_mask += i_b * q_len * WORDS
+        p_mask += i_b * (q_len + earlier) * WORDS
         if WINDOW > 0 or CHUNK > 0 or p_slopes is not None:
-            b_depth = depth_of(p_mask, o_node, m_m, WORDS)
+            b_depth = depth_of(p_mask, o_tree, m_m, WORDS)
     b_position = kv_len + b_depth
-    end = tl.minimum(kv_len + tl.minimum((i_m * M + M - 1) // G + 1, valid), max_pages * PAGE)
+    end = tl.minimum(kv_len + earlier + tl.minimum((i_m * M + M - 1) // G + 1, valid), max_pages * PAGE)
     end = tl.where(first_node < valid, end, 0)
     low = 0
     if WINDOW > 0 or CHUNK > 0:
@@ -358,7 +361,7 @@ def attend_split(
         b_slot_position = o_t
         b_bias = None
         if p_mask is not None:
-            m_visible = linked_nodes(p_mask, i_t, kv_len, o_node, m_m, WORDS, T) | (o_t < kv_len)[None, :]
+            m_visible = linked_nodes(p_mask, i_t, kv_len, o_tree, m_m, WORDS, T) | (o_t < kv_len)[None, :]
             if WINDOW > 0 or CHUNK > 0 or p_slopes is not None:
                 m_node = m_t & (o_t >= kv_len)
                 b_slot_position = tl.where(m_node, kv_len + depth_of(p_mask, o_t - kv_len, m_node, WORDS), o_t)
@@ -423,8 +426,9 @@ def attend_pages(
     wrap_triton(attend_split)[((q_len * group + tile.rows - 1) // tile.rows * tile.splits, kv_heads, batch)](
         q, k_pages, v_pages, page_table, kv_lens, q_lens, None if tree_mask is None else tree_mask.contiguous(), sinks,
         alibi_slopes, part, lse, q.stride(0), q.stride(1), q.stride(2), page_table.stride(0),
-        q_len, page_table.shape[1], scale,
-        H=kv_heads, G=group, D=head_dim, DV=v_dim, PAGE=k_pages.shape[1], WORDS=(q_len + 31) // 32,
+        q_len, 0 if tree_mask is None else tree_mask.shape[1] - q_len, page_table.shape[1], scale,
+        H=kv_heads, G=group, D=head_dim, DV=v_dim, PAGE=k_pages.shape[1],
+        WORDS=1 if tree_mask is None else tree_mask.shape[2],
         WINDOW=window, CHUNK=chunk, SOFTCAP=softcap, SPLITS=tile.splits,
         IS_WIDE=max(k_pages.numel(), v_pages.numel()) >= 2**31,
         M=tile.rows, T=tile.slots, BLOCK_D=max(power_of_2(head_dim), 16), BLOCK_DV=block_dv,

@@ -233,6 +233,20 @@ def test_a_chain_is_a_tree(interpreted):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@settings(max_examples=12, deadline=None, print_blob=True)
+@given(seed=st.integers(0, 2**32 - 1), q_len=st.integers(2, 40), features=features, data=st.data())
+def test_the_last_nodes_of_a_tree_equal_its_last_rows(random_parents, interpreted, seed, q_len, features, data):
+    """A drafter appends its tree level by level: earlier nodes are rows of the cache already, the mask holds them all."""
+    whole = case_with(features, seed, random_parents(torch.Generator().manual_seed(seed), 2, q_len)).to(torch.float32)
+    first = data.draw(st.integers(1, q_len - 1))
+    arguments = [whole.q[:, first:], *whole.arguments()[1:]]
+    arguments[6] = torch.nn.functional.pad(arguments[6], (0, data.draw(st.integers(0, 1))))  # words may be left over
+    rows = [paged_attention(*arguments)]
+    rows += [interpreted(FILE, "attend_pages", *arguments, tile) for tile in (WHOLE, SPLIT)]
+    for out, late in zip(all_of(interpreted, whole), rows, strict=True):
+        torch.testing.assert_close(late, out[:, first:], rtol=2e-6, atol=2e-6)
+
+
 def test_wide_equals_narrow(interpreted):
     """N tokens in one call equal N calls of one: the rows are in the cache already, only the lengths differ."""
     wide = make_case(7, (2, 5), chunk=12)
@@ -358,6 +372,10 @@ def test_triton_on_the_gpu(random_parents, cuda, name, dtype):
     case = make_case(15, parents, **options, scale=options["dims"][0] ** -0.5).to(dtype)
     unit = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[dtype]
     arguments = case.to(cuda).arguments()
-    check_attention(case, torch.ops.autospec_triton.paged_attention(*arguments), unit)
+    out = torch.ops.autospec_triton.paged_attention(*arguments)
+    check_attention(case, out, unit)
+    if case.parents is not None:
+        late = torch.ops.autospec_triton.paged_attention(arguments[0][:, 5:], *arguments[1:])
+        torch.testing.assert_close(late, out[:, 5:], rtol=2 * unit + 1e-5, atol=2 * unit + 1e-5)
     for splits in (1, 8) if options["dims"][0] <= 256 else ():  # triton 3.6 compiles wider ones in float32 for a minute
         check_attention(case, attend_pages(*arguments, Tile(32, 32, splits, 4, 2)), unit)

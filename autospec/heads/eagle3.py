@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from autospec.heads.report import HeadReport
 from autospec.kernels.attention import attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -37,7 +38,10 @@ class Eagle3Spec:
         norm_before_fc: an RMSNorm over the concatenated taps.
         fc_norm: an RMSNorm of every tap of its own.
         norm_output: what is recycled has passed the final norm.
+        qk_norm: an RMSNorm over every head of the queries and keys (decoder layers of Qwen3's kind).
+        fc_bias: fc has a bias.
         own_embeddings: the head has embeddings of width H; else the target's are used.
+        own_lm_head: the head has an lm_head; else the target's is used, and the vocabularies are one.
     """
 
     layer: LlamaConfig
@@ -48,7 +52,10 @@ class Eagle3Spec:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    qk_norm: bool = False
+    fc_bias: bool = False
     own_embeddings: bool = False
+    own_lm_head: bool = True
 
 
 def attend_canonically(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -59,7 +66,7 @@ def attend_canonically(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
 class Eagle3Attention(nn.Module):
     """Grouped-query attention; the first layer reads 2H, the others H."""
 
-    def __init__(self, config: LlamaConfig, index: int) -> None:
+    def __init__(self, config: LlamaConfig, index: int, qk_norm: bool = False) -> None:
         super().__init__()
         kv_heads = config.num_key_value_heads
         assert config.head_dim, "LlamaConfig fills it in"
@@ -71,12 +78,16 @@ class Eagle3Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         out = attend(self.index, q, k, v, self.head_dim**-0.5)
         return self.o_proj(out.flatten(2))
@@ -85,10 +96,10 @@ class Eagle3Attention(nn.Module):
 class Eagle3Layer(nn.Module):
     """One decoder layer of the head; the first one reads the embeddings, too."""
 
-    def __init__(self, config: LlamaConfig, index: int, norm_before_residual: bool) -> None:
+    def __init__(self, config: LlamaConfig, index: int, norm_before_residual: bool, qk_norm: bool = False) -> None:
         super().__init__()
         self.norm_before_residual = norm_before_residual
-        self.self_attn = Eagle3Attention(config, index)
+        self.self_attn = Eagle3Attention(config, index, qk_norm)
         self.mlp = LlamaMLP(config)
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         if index == 0:
@@ -107,29 +118,35 @@ class Eagle3Head(nn.Module):
     """Args:
         spec: the shape and variant of the head.
         embed_tokens: the target's embedding weight [V, H_target]; shared, never saved (None: the head has its own).
+        lm_head: the target's lm_head weight [V, H], likewise; only for a head without its own.
     """
 
-    def __init__(self, spec: Eagle3Spec, embed_tokens: Tensor | None = None) -> None:
+    def __init__(self, spec: Eagle3Spec, embed_tokens: Tensor | None = None, lm_head: Tensor | None = None) -> None:
         super().__init__()
         config = spec.layer
         assert spec.own_embeddings == (embed_tokens is None), "a head has its own embeddings or is given the target's"
+        assert spec.own_lm_head == (lm_head is None), "a head has its own lm_head or is given the target's"
         self.spec = spec
         self.attend: Attend = attend_canonically
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embed_tokens)
+        lent = embed_tokens is not None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embed_tokens, _freeze=lent)
         taps = len(spec.tap_after)
         wide = taps * spec.target_hidden_size
         self.norm_before_fc = LlamaRMSNorm(wide, config.rms_norm_eps) if spec.norm_before_fc else None
         norms = [LlamaRMSNorm(spec.target_hidden_size, config.rms_norm_eps) for _ in range(taps if spec.fc_norm else 0)]
         self.fc_norm = nn.ModuleList(norms)
-        self.fc = nn.Linear(wide, config.hidden_size, bias=False)
+        self.fc = nn.Linear(wide, config.hidden_size, bias=spec.fc_bias)
         self.layers = nn.ModuleList(
-            Eagle3Layer(config, index, spec.norm_before_residual) for index in range(config.num_hidden_layers)
+            Eagle3Layer(config, index, spec.norm_before_residual, spec.qk_norm) for index in range(config.num_hidden_layers)
         )
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, spec.draft_vocab_size, bias=False)
+        if lm_head is not None:
+            self.lm_head.weight = nn.Parameter(lm_head, requires_grad=False)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.d2t: Tensor | None
         self.register_buffer("d2t", None)  # [draft_vocab] int64 offsets; None: the vocabularies are one
+        self.report: HeadReport | None = None  # where it was loaded from
 
     def fuse(self, taps: Tensor) -> Tensor:
         """taps [B, S, num_taps * H_target], in layer order -> g [B, S, H]."""
@@ -157,5 +174,6 @@ class Eagle3Head(nn.Module):
 
     def own_state(self) -> dict[str, Any]:
         """The head's parameters: everything but what the target lends."""
-        lent = () if self.spec.own_embeddings else ("embed_tokens.",)
-        return {name: value for name, value in self.named_parameters() if not name.startswith(lent)}
+        lent = set() if self.spec.own_embeddings else {"embed_tokens.weight"}
+        lent |= set() if self.spec.own_lm_head else {"lm_head.weight"}
+        return {name: value for name, value in self.named_parameters(remove_duplicate=False) if name not in lent}

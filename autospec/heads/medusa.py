@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autospec.heads.report import HeadReport
+
 
 class MedusaBlock(nn.Module):
     """A residual block whose linear layer keeps the width."""
@@ -27,9 +29,12 @@ class MedusaHeads(nn.Module):
     """Args:
         num_heads: depths that are guessed, so the longest draft.
         num_layers: residual blocks per head.
+        lm_head: the target's lm_head weight [V, H], shared by all heads and never saved (None: each has its own).
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, num_heads: int, num_layers: int = 1) -> None:
+    def __init__(
+        self, hidden_size: int, vocab_size: int, num_heads: int, num_layers: int = 1, lm_head: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.num_heads, self.num_layers = num_heads, num_layers
@@ -37,8 +42,18 @@ class MedusaHeads(nn.Module):
             nn.Sequential(*(MedusaBlock(hidden_size) for _ in range(num_layers))) for _ in range(num_heads)
         )
         self.lm_heads = nn.ModuleList(nn.Linear(hidden_size, vocab_size, bias=False) for _ in range(num_heads))
+        self.own_lm_heads = lm_head is None
+        if lm_head is not None:
+            for head in self.lm_heads:
+                head.weight = nn.Parameter(lm_head, requires_grad=False)
+        self.report: HeadReport | None = None  # where it was loaded from
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [B, 1, H], what lm_head reads at the last accepted node -> logits [B, num_heads, V]."""
         pairs = zip(self.blocks, self.lm_heads, strict=True)
         return torch.cat([head(block(hidden)) for block, head in pairs], dim=1)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The heads' parameters: everything but what the target lends."""
+        named = self.named_parameters(remove_duplicate=False)
+        return {name: value for name, value in named if self.own_lm_heads or not name.startswith("lm_heads.")}

@@ -45,6 +45,7 @@ class HeadLayout:
         layer_config: key of the decoder layer's own configuration (None: it is the root).
         flags: switches of the network and their value where the configuration says nothing.
         knows: what the layout's own readers know beyond one Llama layer and three taps; the rest is not written in it.
+        one_layer: its readers build one decoder layer whatever num_hidden_layers says (a file for Vicuna 13B says 40).
         taps: where taps are written; every layout is read from all of `TAP_NAMINGS`.
         config: what a written config.json says besides sizes.
     """
@@ -57,6 +58,7 @@ class HeadLayout:
     layer_config: str | None = None
     flags: Mapping[str, bool] = field(default_factory=dict)
     knows: tuple[str, ...] = ()
+    one_layer: bool = False
     taps: TapNaming | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,6 +84,7 @@ SAFEAILAB = HeadLayout(
     keys={"layers.0.": "midlayer.", **_COMMON_KEYS},
     deeper_keys=_DEEPER_KEYS,
     flags=FLAGS,
+    one_layer=True,
     taps=COUNTS_OUTPUTS,
     config={"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
 )
@@ -115,6 +118,7 @@ MEDUSA = HeadLayout(
 EAGLE3_LAYOUTS = {layout.name: layout for layout in (SAFEAILAB, SPECFORGE, SPECULATORS)}
 
 # Tensors that are in files and that no drafting reads.
+# Names may begin with "model." (lm_head, d2t and t2d never do), and flags may stand in eagle_config: NVIDIA writes so.
 UNREAD = (r"t2d", r"verifier_lm_head\.weight", r"verifier_norm\.weight", r"(.*\.)?rotary_emb\.inv_freq")
 
 # Heads that share names with these but are other networks.

@@ -95,7 +95,7 @@ def load_head(
 
 def recognise(files: HeadFiles) -> HeadLayout:
     """The layout of a file, by its configuration and then by its names."""
-    config, names = files.config, files.tensors
+    config, names = files.config, [_plain(name) for name in files.tensors]
     if "medusa_num_heads" in config or any(re.fullmatch(r"(medusa_head\.)?0\.0\.linear\.weight", name) for name in names):
         return MEDUSA
     for pattern, why in OTHER_HEADS.items():
@@ -122,8 +122,14 @@ def _refusal(files: HeadFiles, rule: str, help: str = "EAGLE-3 and Medusa heads 
 # Names
 
 
+def _plain(name: str) -> str:
+    """A name without the prefix that some trainers write before all but lm_head, d2t and t2d."""
+    return name.removeprefix("model.")
+
+
 def _ours(name: str) -> str:
     """A name of any EAGLE-3 layout as Eagle3Head spells it."""
+    name = _plain(name)
     name = re.sub(r"^midlayer\.(?=\D)", "layers.0.", name)
     name = re.sub(r"^midlayer\.(?=\d)", "layers.", name)
     name = re.sub(r"^input_norm\.", "norm_before_fc.", name)
@@ -145,7 +151,7 @@ def _renamed(files: HeadFiles) -> dict[str, Tensor]:
     """The tensors by our names, without those that no drafting reads."""
     tensors: dict[str, Tensor] = {}
     for name, value in files.tensors.items():
-        if any(re.fullmatch(pattern, name) for pattern in UNREAD):
+        if any(re.fullmatch(pattern, _plain(name)) for pattern in UNREAD):
             continue
         ours = _ours(name)
         if ours in tensors and not torch.equal(tensors[ours], value):
@@ -184,65 +190,71 @@ def _some(names: Iterable[str], most: int = 12) -> str:
 
 def _load_eagle3(files: HeadFiles, layout: HeadLayout, target: _Target) -> Eagle3Head:
     tensors = _renamed(files)
-    spec, report = _eagle3_spec(files, layout, tensors, target)
-    d2t = checked_d2t(tensors.pop("d2t", None), files.tensors.get("t2d"), spec.draft_vocab_size, target.vocab_size,
-                      files.where)  # fmt: skip
-    if "lm_head.weight" not in tensors and spec.own_lm_head:
-        _borrow_rows(files, tensors, d2t, target)
-    with torch.device("meta"):
-        head = Eagle3Head(spec, None if spec.own_embeddings else target.embed_tokens,
-                          None if spec.own_lm_head else target.lm_head)  # fmt: skip
-    wanted = head.own_state()
-    found = {name: value for name, value in tensors.items() if name not in report.shared}
-    _fit(files, layout, found, wanted, {name: _theirs(name, layout) for name in (*wanted, *found)})
-    head.load_state_dict({name: target.like(value) for name, value in found.items()}, strict=False, assign=True)
-    head.rotary_emb = LlamaRotaryEmbedding(spec.layer).to(target.device)
-    head.d2t = None if d2t is None else d2t.to(target.device)
-    head.report = report
-    return head
-
-
-def _eagle3_spec(
-    files: HeadFiles, layout: HeadLayout, tensors: dict[str, Tensor], target: _Target
-) -> tuple[Eagle3Spec, HeadReport]:
-    """What the configuration, the names in the file and the target say together."""
-    config, notes = files.config, []
+    notes: list[str] = []
     layer = _layer_config(files, layout, tensors)
     for what, said, is_ in (
         ("vocabulary", layer.vocab_size, target.vocab_size),
-        ("hidden size", config.get("target_hidden_size") or target.hidden_size, target.hidden_size),
+        ("hidden size", files.config.get("target_hidden_size") or target.hidden_size, target.hidden_size),
     ):
         if said != is_:
             raise _refusal(files, f"the head is for a target with a {what} of {said}, this one has {is_}",
                            "load the head that was trained for this target")  # fmt: skip
-    tap_after, convention = _taps(files, target.layers)
-    flags = {name: config.get(name) for name in layout.flags}
-    for name, tensor in (("norm_before_fc", "norm_before_fc.weight"), ("fc_norm", "fc_norm.0.weight")):
-        if flags[name] is None and tensor in tensors:
-            flags[name] = True
-            notes.append(f"{name} is not in config.json but its tensors are there: assumed true")
-    if layout is SPECULATORS and flags["norm_before_residual"] is None:
-        notes.append("norm_before_residual is not in config.json: assumed false (vLLM assumes true)")
-    if layout is SPECFORGE and flags["norm_output"]:
-        notes.append("norm_output: the normed hidden state is recycled, as engines do; SpecForge trains on the other one")
-    shared = _shared(tensors, layer, target)
     draft_vocab_size = _draft_vocab_size(files, tensors, target)
+    d2t = checked_d2t(tensors.pop("d2t", None), files.tensors.get("t2d"), draft_vocab_size, target.vocab_size, files.where)
+    if d2t is not None and "lm_head.weight" not in tensors and target.lm_head is not None:
+        ids = torch.arange(len(d2t)) + d2t  # what the file leaves out is the target's, at the ids of the draft vocabulary
+        tensors["lm_head.weight"] = target.lm_head[ids.to(target.lm_head.device)].clone()
+    shared = _shared(tensors, layer, target, one_vocabulary=d2t is None)
+    tap_after, convention = _taps(files, target.layers)
     spec = Eagle3Spec(
         layer=layer, draft_vocab_size=draft_vocab_size, tap_after=tap_after, target_hidden_size=target.hidden_size,
-        **{name: layout.flags[name] if value is None else bool(value) for name, value in flags.items()},
+        **_flags(files, layout, tensors, notes),
         qk_norm=any(name.endswith(".q_norm.weight") for name in tensors), fc_bias="fc.bias" in tensors,
         own_embeddings="embed_tokens.weight" not in shared, own_lm_head="lm_head.weight" not in shared,
     )  # fmt: skip
-    report = HeadReport(source=files.where, layout=layout.name, tap_convention=convention, tap_after=tap_after,
-                        shared=shared, notes=tuple(notes))  # fmt: skip
-    return spec, report
+    said_layers = _layer_values(files, layout).get("num_hidden_layers", layer.num_hidden_layers)
+    if said_layers != layer.num_hidden_layers:
+        notes.append(f"config.json says {said_layers} layers, the file has {layer.num_hidden_layers}, as its readers expect")
+    with torch.device("meta"):
+        head = Eagle3Head(spec, None if spec.own_embeddings else target.embed_tokens,
+                          None if spec.own_lm_head else target.lm_head)  # fmt: skip
+    wanted = head.own_state()
+    found = {name: value for name, value in tensors.items() if name not in shared}
+    _fit(files, layout, found, wanted, {name: _theirs(name, layout) for name in (*wanted, *found)})
+    head.load_state_dict({name: target.like(value) for name, value in found.items()}, strict=False, assign=True)
+    head.rotary_emb = LlamaRotaryEmbedding(spec.layer).to(target.device)
+    head.d2t = None if d2t is None else d2t.to(target.device)
+    head.report = HeadReport(source=files.where, layout=layout.name, tap_convention=convention, tap_after=tap_after,
+                             shared=shared, notes=tuple(notes))  # fmt: skip
+    return head
+
+
+def _flags(files: HeadFiles, layout: HeadLayout, tensors: dict[str, Tensor], notes: list[str]) -> dict[str, bool]:
+    """Switches of the network; some trainers write them into eagle_config."""
+    nested = files.config.get("eagle_config") or {}
+    said = {name: nested.get(name, files.config.get(name)) for name in layout.flags}
+    for name, tensor in (("norm_before_fc", "norm_before_fc.weight"), ("fc_norm", "fc_norm.0.weight")):
+        if said[name] is None and tensor in tensors:
+            said[name] = True
+            notes.append(f"{name} is not in config.json but its tensors are there: assumed true")
+    if layout is SPECULATORS and said["norm_before_residual"] is None:
+        notes.append("norm_before_residual is not in config.json: assumed false, as speculators does (vLLM assumes true)")
+    if layout is SPECFORGE and said["norm_output"] is not None:
+        notes.append("norm_output: SpecForge before its pull request 879 (September 2026) trained something else under this name")
+    return {name: layout.flags[name] if value is None else bool(value) for name, value in said.items()}
+
+
+def _layer_values(files: HeadFiles, layout: HeadLayout) -> dict[str, Any]:
+    """The part of config.json that describes the decoder layer."""
+    values = files.config if layout.layer_config is None else files.config.get(layout.layer_config)
+    if not isinstance(values, dict):
+        raise _refusal(files, f"config.json has no {layout.layer_config}", "download config.json again")
+    return values
 
 
 def _layer_config(files: HeadFiles, layout: HeadLayout, tensors: dict[str, Tensor]) -> LlamaConfig:
     """The decoder layer's configuration, with the defaults of the class that the file names."""
-    values = files.config if layout.layer_config is None else files.config.get(layout.layer_config)
-    if not isinstance(values, dict):
-        raise _refusal(files, f"config.json has no {layout.layer_config}", "download config.json again")
+    values = _layer_values(files, layout)
     silent = [name for name in MUST_SAY if values.get(name) is None]
     model_type = values.get("model_type", LAYER_MODEL_TYPES[-1]) if layout.layer_config else "llama"
     if model_type not in LAYER_MODEL_TYPES:
@@ -261,7 +273,7 @@ def _layer_config(files: HeadFiles, layout: HeadLayout, tensors: dict[str, Tenso
         sizes = {name: getattr(full, name, None) for name in SIZES}
         layer = LlamaConfig(
             **{name: value for name, value in sizes.items() if value is not None}, rope_parameters=full.rope_parameters,
-            num_hidden_layers=values.get("num_hidden_layers", depth), tie_word_embeddings=False,
+            num_hidden_layers=depth if layout.one_layer else values.get("num_hidden_layers", depth), tie_word_embeddings=False,
         )  # fmt: skip
     except Exception as error:
         raise _refusal(files, f"config.json makes no decoder layer: {str(error).strip().splitlines()[0][:200]}",
@@ -303,10 +315,10 @@ def _taps(files: HeadFiles, layers: int) -> tuple[tuple[int, ...], str]:
     return (1, layers // 2 - 1, layers - 4), DEFAULT_TAPS
 
 
-def _shared(tensors: dict[str, Tensor], layer: LlamaConfig, target: _Target) -> tuple[str, ...]:
+def _shared(tensors: dict[str, Tensor], layer: LlamaConfig, target: _Target, one_vocabulary: bool) -> tuple[str, ...]:
     """Names of tensors that are the target's: absent where it can lend them, or the same bytes."""
     lent = {"embed_tokens.weight": target.embed_tokens}
-    if target.lm_head is not None and "d2t" not in tensors:
+    if target.lm_head is not None and one_vocabulary:
         lent["lm_head.weight"] = target.lm_head
     shared = []
     for name, theirs in lent.items():
@@ -325,13 +337,6 @@ def _draft_vocab_size(files: HeadFiles, tensors: dict[str, Tensor], target: _Tar
         raise _refusal(files, f"config.json says a draft vocabulary of {said}, the tensors have {rows}",
                        "download both files again")  # fmt: skip
     return int(rows)
-
-
-def _borrow_rows(files: HeadFiles, tensors: dict[str, Tensor], d2t: Tensor | None, target: _Target) -> None:
-    """An lm_head that the file leaves out is the target's, at the ids of the draft vocabulary."""
-    if d2t is not None and target.lm_head is not None:
-        ids = torch.arange(len(d2t)) + d2t
-        tensors["lm_head.weight"] = target.lm_head[ids.to(target.lm_head.device)].clone()
 
 
 def _check_module(head: nn.Module, target: _Target) -> Eagle3Head | MedusaHeads:

@@ -46,4 +46,4 @@ def checked_d2t(
             raise refuse(f"t2d has shape {list(t2d.shape)} instead of [{target_vocab_size}]")
         if not torch.equal(t2d.bool(), t2d_of(ids, target_vocab_size)):
             raise refuse("t2d and d2t name different target tokens", "one of them is from another head, or d2t holds ids")
-    return d2t
+    return None if draft_vocab_size == target_vocab_size and not d2t.any() else d2t

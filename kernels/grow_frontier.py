@@ -1,0 +1,168 @@
+"""One level of a dynamic tree: the children of the frontier's rows enter the history, the best become the next frontier.
+
+A child's score is its parent's plus its conditional log-probability: float32, clamped to <= 0, NaN turned into -inf
+before it is added, ties to the lower candidate. So no child beats its parent, and the best of the whole history are
+closed under ancestors. Candidates at -inf are filler: they keep their places, and the tree has no node for them.
+A row of the frontier sees, beside the committed slots, its ancestors' rows and itself: its parent's words OR its own
+bit, written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from autospec.kernels.choose_tokens import ordered
+from autospec.kernels.launch import jit, no_gpu, power_of_2, tl, wrap_triton
+from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
+
+
+def first_candidate(level: int, children: int) -> int:
+    """The history's id of a level's first candidate: K at level 0, then K^2 a level."""
+    return 0 if level == 0 else children + (level - 1) * children * children
+
+
+@kernel_op()
+def grow_frontier(
+    child_tokens: Tensor, child_log_probs: Tensor, parent_scores: Tensor, parent_history: Tensor, parent_mask: Tensor,
+    kv_lens: Tensor, limits: Tensor, level: int, count: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Score the K children of each of R rows and pick the next frontier: the `count` best, in descending score.
+
+    child_tokens [B, R, K] int64, child_log_probs [B, R, K] float32; of the rows: parent_scores [B, R] float32,
+    parent_history [B, R] int32 (their ids in the history, -1: the root), parent_mask [B, R, W] int32; kv_lens, limits
+    [B] int32: a child whose slot kv_lens + level + 1 is not below the limit is absent. Bit level * count + rank is a
+    frontier node's own.
+    -> the history's new piece, candidate r K + j: tokens [B, R K] int64, scores [B, R K] float32, parents [B, R K]
+    int32; the frontier: tokens [B, count] int64, scores [B, count] float32, ids in the history [B, count] int32, its
+    parents' rows [B, count] int32, mask [B, count, W] int32.
+    """
+    children, words = child_tokens.shape[2], parent_mask.shape[2]
+    device = child_tokens.device
+    log_probs = torch.where(child_log_probs.isnan(), float("-inf"), child_log_probs).clamp(max=0.0)
+    parent_scores = torch.where(parent_scores.isnan(), float("-inf"), parent_scores)
+    has_room = kv_lens + (level + 1) < limits
+    scores = torch.where(has_room[:, None, None], parent_scores[:, :, None] + log_probs, float("-inf")).flatten(1)
+    tokens = child_tokens.flatten(1).clone()
+    parents = parent_history[:, :, None].expand(-1, -1, children).flatten(1).clone()
+    best_scores, best = torch.sort(scores, dim=1, descending=True, stable=True)
+    best, best_scores = best[:, :count], best_scores[:, :count].clone()
+    from_row = best // children
+    own = level * count + torch.arange(count, device=device)
+    bit = torch.ones_like(own) << (own % 32)
+    bit = torch.where(bit >= 2**31, bit - 2**32, bit)  # bit 31 is int32's sign
+    own_words = torch.where(own[:, None] // 32 == torch.arange(words, device=device), bit[:, None], 0).to(torch.int32)
+    inherited = parent_mask.gather(1, from_row[:, :, None].expand(-1, -1, words))
+    return (
+        tokens, scores, parents, tokens.gather(1, best), best_scores,
+        (best + first_candidate(level, children)).to(torch.int32), from_row.to(torch.int32), inherited | own_words,
+    )
+
+
+# B requests (i_b), C = R K candidates (o_c, compared with all the others o_e), W words of a mask row (o_w). A candidate
+# counts those that beat it; where that is its rank in the frontier it writes the frontier's row itself: nothing is sorted.
+@jit
+def candidate_scores(p_log_probs, p_scores, o_c, m_c, children, has_room):
+    """Scores of candidates o_c, -inf where there is none."""
+    b_log_prob = tl.load(p_log_probs + o_c, mask=m_c, other=-float("inf"))
+    b_parent = tl.load(p_scores + o_c // children, mask=m_c, other=-float("inf"))
+    b_log_prob = tl.where(b_log_prob == b_log_prob, tl.where(b_log_prob > 0.0, 0.0, b_log_prob), -float("inf"))
+    b_parent = tl.where(b_parent == b_parent, b_parent, -float("inf"))
+    return tl.where(has_room, b_parent + b_log_prob, -float("inf"))
+
+
+@jit
+def rank_candidates(
+    p_child_tokens, p_log_probs, p_parent_scores, p_history, p_parent_mask, p_lens, p_limits,
+    p_tokens, p_scores, p_parents, p_best_tokens, p_best_scores, p_best_ids, p_best_rows, p_best_mask,
+    rows, children, count, level, first_id,
+    WORDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_W: tl.constexpr,
+):
+    i_c, i_b = tl.program_id(0), tl.program_id(1)
+    candidates = rows * children
+    o_c, o_w = i_c * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_W)
+    m_c = o_c < candidates
+    has_room = tl.load(p_lens + i_b) + level + 1 < tl.load(p_limits + i_b)
+    p_log_probs += i_b * candidates
+    p_parent_scores += i_b * rows
+    b_score = candidate_scores(p_log_probs, p_parent_scores, o_c, m_c, children, has_room)
+    b_key = ordered(b_score)
+    b_rank = tl.zeros((BLOCK_C,), tl.int32)
+    for i_e in range(0, candidates, BLOCK_E):
+        o_e = i_e + tl.arange(0, BLOCK_E)
+        m_e = o_e < candidates
+        b_other = ordered(candidate_scores(p_log_probs, p_parent_scores, o_e, m_e, children, has_room))
+        m_beats = (b_other[None, :] > b_key[:, None]) | (
+            (b_other[None, :] == b_key[:, None]) & (o_e[None, :] < o_c[:, None])
+        )
+        b_rank += tl.sum((m_beats & m_e[None, :]).to(tl.int32), 1)
+    o_row = o_c // children
+    b_token = tl.load(p_child_tokens + i_b * candidates + o_c, mask=m_c, other=0)
+    tl.store(p_tokens + i_b * candidates + o_c, b_token, mask=m_c)
+    tl.store(p_scores + i_b * candidates + o_c, b_score, mask=m_c)
+    tl.store(p_parents + i_b * candidates + o_c, tl.load(p_history + i_b * rows + o_row, mask=m_c, other=-1), mask=m_c)
+    m_best = m_c & (b_rank < count)
+    o_best = i_b * count + b_rank
+    tl.store(p_best_tokens + o_best, b_token, mask=m_best)
+    tl.store(p_best_scores + o_best, b_score, mask=m_best)
+    tl.store(p_best_ids + o_best, first_id + o_c, mask=m_best)
+    tl.store(p_best_rows + o_best, o_row, mask=m_best)
+    m_word = m_best[:, None] & (o_w < WORDS)[None, :]
+    p_words = p_parent_mask + (i_b * rows + o_row)[:, None] * WORDS + o_w[None, :]
+    o_bit = level * count + b_rank
+    b_own = tl.where((o_bit // 32)[:, None] == o_w[None, :], (1 << (o_bit & 31))[:, None], 0)
+    b_words = tl.load(p_words, mask=m_word, other=0) | b_own
+    tl.store(p_best_mask + o_best[:, None] * WORDS + o_w[None, :], b_words, mask=m_word)
+
+
+@grow_frontier.implementation("triton", why_not=no_gpu)
+def grow_frontier_triton(
+    child_tokens: Tensor, child_log_probs: Tensor, parent_scores: Tensor, parent_history: Tensor, parent_mask: Tensor,
+    kv_lens: Tensor, limits: Tensor, level: int, count: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One launch instead of about twenty."""
+    batch, rows, children = child_tokens.shape
+    candidates, words = rows * children, parent_mask.shape[2]
+    assert count <= candidates, f"a frontier of {count} out of {candidates} candidates"
+    tokens = child_tokens.new_empty(batch, candidates)
+    scores = parent_scores.new_empty(batch, candidates)
+    parents = parent_history.new_empty(batch, candidates)
+    best_tokens, best_scores = child_tokens.new_empty(batch, count), parent_scores.new_empty(batch, count)
+    best_ids, best_rows = (parent_history.new_empty(batch, count) for _ in range(2))
+    best_mask = parent_mask.new_empty(batch, count, words)
+    block = min(power_of_2(candidates), 32)
+    wrap_triton(rank_candidates)[((candidates + block - 1) // block, batch)](
+        child_tokens.contiguous(), child_log_probs.contiguous(), parent_scores.contiguous(),
+        parent_history.contiguous(), parent_mask.contiguous(), kv_lens, limits,
+        tokens, scores, parents, best_tokens, best_scores, best_ids, best_rows, best_mask,
+        rows, children, count, level, first_candidate(level, children),
+        WORDS=words, BLOCK_C=block, BLOCK_E=min(power_of_2(candidates), 128), BLOCK_W=power_of_2(words),
+    )
+    return tokens, scores, parents, best_tokens, best_scores, best_ids, best_rows, best_mask
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """A level in the middle of a tree of top-k 10 and 8 levels."""
+    for batch, top in ((1, 10), (64, 10), (8, 32)):
+        words = (top * 7 + 31) // 32
+        long, short = torch.int64, torch.int32
+        args = (
+            torch.randint(0, 128256, (batch, top, top), device=device, dtype=long),
+            -5 * torch.rand(batch, top, top, device=device), -9 * torch.rand(batch, top, device=device),
+            torch.arange(top, device=device, dtype=short).expand(batch, -1).contiguous(),
+            torch.ones(batch, top, words, device=device, dtype=short),
+            torch.full((batch,), 100, device=device, dtype=short), torch.full((batch,), 900, device=device, dtype=short),
+            3, top,
+        )
+
+        def mine(args=args) -> tuple[Tensor, ...]:
+            return grow_frontier_triton(*args)
+
+        def reference(args=args) -> tuple[Tensor, ...]:
+            return grow_frontier.reference(*args)
+
+        moved = batch * top * (top * 28 + words * 8 + 32)
+        yield measure("grow_frontier", f"{batch} x {top} rows of {top}", mine, reference, moved)

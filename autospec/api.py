@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from autospec import debug
-from autospec.assemble import build_program, capture_model, next_power_of_two, state_bytes
-from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculation, parse_speculation
+from autospec.assemble import Draft, build_program, capture_model, next_power_of_two, state_bytes
+from autospec.capture_head import capture_head
+from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, Speculation, parse_speculation, tree_of
 from autospec.errors import CapacityError, OptionError
 from autospec.kernels.noise import row_key
-from autospec.loading import check_causal_lm, check_draft, draft_layers, load_model
+from autospec.loading import check_causal_lm, check_draft, check_head, draft_layers, load_draft_head, load_model
 from autospec.lower import limit_threads
 from autospec.pipeline import left_out
 from autospec.program import CapturedModel, Program, Shape
@@ -45,7 +46,7 @@ class OptimizedModel:
     """A captured model and the programs built for it so far; see `autospec.optimize`."""
 
     target: CapturedModel
-    draft: CapturedModel | None
+    draft: Draft | None
     speculation: Speculation
     compile: str
     limits: Limits
@@ -192,7 +193,7 @@ class OptimizedModel:
         # A CPU reads every page of the table, so small pages waste less; on an H100 64 is up to 6% faster than 16.
         page_size = limits.page_size or (32 if on_cpu else 64)
         prefill_len = min(64 if on_cpu else 512, length)
-        return Shape(batch, length, page_size, prefill_len, _max_draft_len(self.speculation), sampling)
+        return Shape(batch, length, page_size, prefill_len, tree_of(self.speculation), sampling)
 
     def _session(self, rows: int, longest: int, sampling: bool) -> Session:
         shape = self._shape(rows, longest, sampling)
@@ -253,7 +254,10 @@ def optimize(
             f"max_length is {max_length}, but the model has {target.facts.max_positions} positions",
             at=f"max_length={max_length}", where=target.facts.name, help="choose a smaller max_length",
         )  # fmt: skip
-    draft = None
+    draft: Draft | None = None
+    if isinstance(chosen, (Eagle3Config, MedusaConfig)):
+        draft = capture_head(load_draft_head(chosen.speculative_model, module), target)
+        check_head(chosen, draft)
     if isinstance(chosen, DraftTargetConfig):
         draft_module = load_model(chosen.speculative_model, "speculative_model", like=module)
         check_draft(module, draft_module)
@@ -263,15 +267,6 @@ def optimize(
     return OptimizedModel(
         target, draft, chosen, compile, Limits(max_batch_size, max_length, page_size), defaults, without
     )
-
-
-def _max_draft_len(speculation: Speculation) -> int:
-    if speculation is None:
-        return 0
-    if isinstance(speculation, AutoConfig):
-        return max(speculation.draft_lens)
-    assert isinstance(speculation, (NGramConfig, DraftTargetConfig))
-    return speculation.max_draft_len
 
 
 def _as_dict(generation_config: Any) -> Mapping[str, Any] | None:

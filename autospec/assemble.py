@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,10 @@ from autospec.legality import check_captured, kept_by_cache, rows_of_tables
 from autospec.lower import lower
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
 from autospec.pipeline import DraftParts
-from autospec.program import CapturedModel, Graph, ModelFacts, Program, Shape
+from autospec.program import CapturedHead, CapturedModel, Graph, ModelFacts, Program, Shape
+
+Draft = CapturedModel | CapturedHead
+D2T = WEIGHT_PREFIX + "d2t"
 
 
 def capture_model(model: Any, name: str = "target") -> CapturedModel:
@@ -79,7 +82,7 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def build_program(
-    target: CapturedModel, draft: CapturedModel | None, speculation: Speculation, shape: Shape, compile: str,
+    target: CapturedModel, draft: Draft | None, speculation: Speculation, shape: Shape, compile: str,
     weights: dict[str, Tensor] | None = None, progress: bool = False, left_out: frozenset[str] = frozenset(),
 ) -> Program:  # fmt: skip
     """Run the pipeline for prefill and every step, lower the graphs and collect what they need.
@@ -91,33 +94,64 @@ def build_program(
     records: list[PassRecord] = []
     options = debug.options()
 
-    def run(source: CapturedModel, stages: Any, name: str) -> fx.GraphModule:
-        module = copy_graph(source.graph)
+    def run(source: fx.GraphModule, stages: Any, name: str) -> fx.GraphModule:
+        module = copy_graph(source)
         records.extend(run_stages(module, stages, graph_name=name, debug=options, left_out=left_out))
         return module
 
-    parts = None
-    if draft is not None:
-        offset = target.facts.num_kv_layers
-        pieces = [
-            run(draft, pipeline.draft_model(shape, q_len, offset), f"draft_{q_len}") for q_len in (2, 1, shape.prefill_len)
-        ]
-        parts = DraftParts(draft.facts, *pieces)
+    parts = None if draft is None else _draft_parts(draft, target, shape, run)
     plans = {"prefill": pipeline.prefill(shape, target.facts, speculation, parts)}
     for draft_len in pipeline.draft_lens(speculation):
         plans[f"step_{draft_len}"] = pipeline.step(shape, target.facts, speculation, parts, draft_len)
     graphs: dict[str, Graph] = {}
-    for name, stages in tqdm(plans.items(), desc=f"building ({compile})", disable=not progress, leave=False):
-        graphs[name] = lower(run(target, stages, name), name, compile)
     known = dict(target.weights)
+    for name, stages in tqdm(plans.items(), desc=f"building ({compile})", disable=not progress, leave=False):
+        module = run(target.graph, stages, name)
+        known |= constants_of(module)
+        graphs[name] = lower(module, name, compile)
     if draft is not None:
         known |= {WEIGHT_PREFIX + name: tensor for name, tensor in draft.weights.items()}
+    if isinstance(draft, CapturedHead) and draft.d2t is not None:
+        known[D2T] = draft.d2t
     bound = {} if weights is None else weights
     for graph in graphs.values():
         for slot in graph.slots:
             if slot.kind == "weight" and slot.name not in bound:
                 bound[slot.name] = materialise(slot, known)
     return Program(shape, target.facts, graphs, bound, records)
+
+
+def _draft_parts(
+    draft: Draft, target: CapturedModel, shape: Shape, run: Callable[[fx.GraphModule, Any, str], fx.GraphModule]
+) -> DraftParts:
+    """The drafter's graphs for the places where they are spliced in."""
+    offset = target.facts.num_kv_layers
+
+    def levels(source: fx.GraphModule) -> dict[int, fx.GraphModule]:
+        return {
+            rows: run(source, pipeline.draft_level(shape, rows, offset), f"draft_{rows}") for rows in pipeline.levels(shape)
+        }
+
+    if isinstance(draft, CapturedModel):
+        return DraftParts(
+            draft.facts,
+            run(draft.graph, pipeline.draft_catch_up(shape, offset), "draft_catch_up"),
+            levels(draft.graph),
+            run(draft.graph, pipeline.draft_prefill(shape, offset), "draft_prefill"),
+        )
+    if draft.following is None:
+        heads = run(draft.first, pipeline.medusa_heads(shape), "medusa_heads")
+        return DraftParts(draft.facts, heads, {}, heads, is_head=True)
+    rows = shape.tree.max_draft_len + 1
+    return DraftParts(
+        draft.facts,
+        run(draft.first, pipeline.head_catch_up(shape, rows, offset), "draft_catch_up"),
+        levels(draft.following),
+        run(draft.first, pipeline.head_catch_up(shape, shape.prefill_len, offset), "draft_prefill"),
+        is_head=True,
+        tap_after=draft.tap_after,
+        d2t=None if draft.d2t is None else Slot("weight", D2T, tuple(draft.d2t.shape), torch.int64),
+    )
 
 
 def materialise(slot: Slot, weights: Mapping[str, Tensor]) -> Tensor:
@@ -128,7 +162,7 @@ def materialise(slot: Slot, weights: Mapping[str, Tensor]) -> Tensor:
     return pack(whole) if slot.is_packed else whole
 
 
-def state_bytes(target: CapturedModel, draft: CapturedModel | None, shape: Shape) -> int:
+def state_bytes(target: CapturedModel, draft: Draft | None, shape: Shape) -> int:
     """Bytes of pages and history that a program of this shape allocates."""
     per_token = target.facts.bytes_per_token + (draft.facts.bytes_per_token if draft is not None else 0)
     return shape.num_pages * shape.page_size * per_token + shape.batch_size * shape.token_room * 8

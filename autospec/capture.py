@@ -398,7 +398,8 @@ def export_model(model: Any) -> Exported:
             f"the model asks for {len(recorded.specs)} masks in an eager run, and for {recorded.masks_asked} under export",
             where=name, help="its Python code takes another path under export than in an eager run",
         )  # fmt: skip
-    graph, weights = _with_slots(exported, name)
+    graph, weights = with_slots(exported, name)
+    _drop_padding_masks(graph, name)
     found = len(list(calls(graph, attention)))
     if found != count:
         raise CaptureError(
@@ -439,8 +440,14 @@ def _capture_error_in(error: BaseException) -> CaptureError | None:
 _DATA_DEPENDENT = (aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten.unique_consecutive)
 
 
-def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.GraphModule, dict[str, Tensor]]:
-    """A plain GraphModule whose placeholders carry slots; equal storage becomes one weight, unused ones go."""
+def with_slots(
+    exported: torch.export.ExportedProgram, name: str, inputs: Sequence[str] = ("input_ids", "position_ids")
+) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """A plain GraphModule whose placeholders carry slots; equal storage becomes one weight, unused ones go.
+
+    Args:
+        inputs: names of the user's inputs, in order; each is [batch, length, ...].
+    """
     signature = exported.graph_signature
     if signature.buffers_to_mutate:
         changed = next(iter(signature.buffers_to_mutate.values()))
@@ -450,7 +457,7 @@ def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.G
     module = fx.GraphModule(torch.nn.Module(), exported.graph)
     weights: dict[str, Tensor] = {}
     by_storage: dict[tuple[Any, ...], fx.Node] = {}
-    user_inputs = iter(("input_ids", "position_ids"))
+    user_inputs = iter(inputs)
     for node in list(module.graph.nodes):
         node.meta["module"] = _module_path(node)
         if node.op != "placeholder":
@@ -458,8 +465,8 @@ def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.G
         full_name = named.get(node.name)
         if full_name is None:
             slot_name = next(user_inputs)
-            node.meta["slot"] = Slot("input", slot_name, (), torch.int64)
-            for axis, size in enumerate(node.meta["val"].shape):
+            node.meta["slot"] = Slot("input", slot_name, (), node.meta["val"].dtype)
+            for axis, size in enumerate(node.meta["val"].shape[:2]):
                 if not isinstance(size, torch.SymInt):
                     what = "batch" if axis == 0 else "length"
                     raise CaptureError(
@@ -497,6 +504,13 @@ def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.G
                 help="experts that split tokens by counting them are the usual reason; transformers' experts interface helps",
             )  # fmt: skip
     module.meta["device"] = next(iter(weights.values())).device
+    module.graph.lint()
+    module.recompile()
+    return module, weights
+
+
+def _drop_padding_masks(module: fx.GraphModule, name: str) -> None:
+    """Masks that were exported beside the logits must say nothing that the data tells; then they go."""
     output = module.graph.output_node()
     returned: Any = output.args[0]
     logits, *padding_masks = returned
@@ -507,9 +521,7 @@ def _with_slots(exported: torch.export.ExportedProgram, name: str) -> tuple[fx.G
                                help="a mask that depends on tokens cannot be decoded step by step")  # fmt: skip
     output.args = ((logits,),)
     module.graph.eliminate_dead_code()
-    module.graph.lint()
     module.recompile()
-    return module, weights
 
 
 def _module_path(node: fx.Node) -> str:

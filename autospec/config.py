@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from autospec.errors import OptionError, unknown_option
+from autospec.trees import DraftTree, chain, dynamic_tree, static_tree
 
 T = TypeVar("T")
 
@@ -18,16 +20,17 @@ T = TypeVar("T")
 def _checked(cls: type[T]) -> type[T]:
     """Turn a misspelt or surplus option into an OptionError that suggests the right one."""
     plain_init: Any = cls.__init__
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names = [one.name for one in dataclasses.fields(cls) if one.init]  # type: ignore[arg-type]
+    in_order = [one.name for one in dataclasses.fields(cls) if one.init and not one.kw_only]  # type: ignore[arg-type]
 
     def __init__(self: Any, *args: Any, **options: Any) -> None:
         for name in options:
             if name not in names:
                 raise unknown_option(cls.__name__, name, names)
-        if len(args) > len(names):
-            raise OptionError(f"{cls.__name__} takes at most {len(names)} options, got {len(args)}",
-                              at=repr(args[len(names)]), where=cls.__name__,
-                              help=f"they are {', '.join(names)}")  # fmt: skip
+        if len(args) > len(in_order):
+            raise OptionError(f"{cls.__name__} takes at most {len(in_order)} options without a name, got {len(args)}",
+                              at=repr(args[len(in_order)]), where=cls.__name__,
+                              help=f"they are {', '.join(in_order)}")  # fmt: skip
         plain_init(self, *args, **options)
 
     cls.__init__ = __init__  # type: ignore[method-assign]
@@ -73,33 +76,113 @@ class NGramConfig:
         _ngram_size(self, self.max_matching_ngram_size)
 
 
+@dataclass(frozen=True)
+class _Ranking:
+    """The options of every drafter that ranks tokens. Without any of them the draft is a chain.
+
+    Args:
+        speculative_model: where the draft's weights are.
+        max_draft_len: longest accepted path, so the levels of a tree; None: the default, or a static tree's depth.
+        eagle_choices: a static tree as a list of paths of child ranks, such as [[0], [1], [0, 0]].
+        use_dynamic_tree: grow a tree by score; implied by dynamic_tree_max_topk.
+        dynamic_tree_max_topk: children per node and frontier of a dynamic tree (K); None: 10.
+        max_total_draft_tokens: nodes of a dynamic tree that are verified (M); None: K * max_draft_len.
+        draft_temperature: divides the draft's logits before they are ranked (tau).
+    """
+
+    speculative_model: Any
+    max_draft_len: int | None = None
+    eagle_choices: Sequence[Sequence[int]] | None = field(default=None, kw_only=True)
+    use_dynamic_tree: bool = field(default=False, kw_only=True)
+    dynamic_tree_max_topk: int | None = field(default=None, kw_only=True)
+    max_total_draft_tokens: int | None = field(default=None, kw_only=True)
+    draft_temperature: float = field(default=1.0, kw_only=True)
+    tree: DraftTree = field(init=False, repr=False, compare=False)
+
+    default_draft_len = 4
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.speculative_model is None:
+            raise OptionError(f"{name} needs a draft", at="speculative_model=None", where=name,
+                              help="pass what is loaded already, or a path to it")  # fmt: skip
+        if self.max_draft_len is not None:
+            _positive(self, "max_draft_len", self.max_draft_len)
+        tau = self.draft_temperature
+        if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < float("inf"):
+            raise OptionError(f"draft_temperature must be a positive number, got {tau!r}",
+                              at=f"draft_temperature={tau!r}", where=name, help="1.0 ranks by the draft as it is")  # fmt: skip
+        tree = self._tree(name)
+        object.__setattr__(self, "tree", tree)
+        object.__setattr__(self, "max_draft_len", tree.max_draft_len)
+
+    def _tree(self, name: str) -> DraftTree:
+        is_dynamic = self.use_dynamic_tree or self.dynamic_tree_max_topk is not None
+        if self.eagle_choices is not None:
+            if is_dynamic or self.max_total_draft_tokens is not None:
+                raise OptionError("a tree is static or dynamic, not both", at="eagle_choices", where=name,
+                                  help="leave out eagle_choices, or the options of the dynamic tree")  # fmt: skip
+            tree = static_tree(self.eagle_choices)
+            if self.max_draft_len not in (None, tree.max_draft_len):
+                raise OptionError(
+                    f"max_draft_len is {self.max_draft_len}, but the longest path of eagle_choices has {tree.max_draft_len}",
+                    at=f"max_draft_len={self.max_draft_len}", where=name, help="leave max_draft_len out",
+                )  # fmt: skip
+            return tree
+        length = self.default_draft_len if self.max_draft_len is None else self.max_draft_len
+        if is_dynamic:
+            top_k = 10 if self.dynamic_tree_max_topk is None else self.dynamic_tree_max_topk
+            return dynamic_tree(top_k, length, self.max_total_draft_tokens)
+        if self.max_total_draft_tokens is not None:
+            raise OptionError("max_total_draft_tokens belongs to a dynamic tree", at="max_total_draft_tokens", where=name,
+                              help="set use_dynamic_tree=True, or use max_draft_len alone for a chain")  # fmt: skip
+        return chain(length)
+
+
 @_checked
 @dataclass(frozen=True)
-class DraftTargetConfig:
+class DraftTargetConfig(_Ranking):
     """Draft with a smaller model of the same vocabulary, merged into the target's program.
 
     Args:
         speculative_model: a loaded Hugging Face causal LM, or a path or hub id.
-        max_draft_len: draft tokens per step (L).
+        max_draft_len ... draft_temperature: chain, static or dynamic tree; a chain of 4 unless said otherwise.
         num_draft_layers: decoder layers of the draft that run; None reads it from the draft's configuration.
             A smaller number truncates the draft.
     """
 
-    speculative_model: Any
-    max_draft_len: int = 4
     num_draft_layers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.speculative_model is None:
-            raise OptionError(
-                "DraftTargetConfig needs a draft model",
-                at="speculative_model=None",
-                where="DraftTargetConfig",
-                help="pass a loaded Hugging Face causal LM, or a path to one",
-            )
-        _positive(self, "max_draft_len", self.max_draft_len)
+        super().__post_init__()
         if self.num_draft_layers is not None:
             _positive(self, "num_draft_layers", self.num_draft_layers)
+
+
+@_checked
+@dataclass(frozen=True)
+class Eagle3Config(_Ranking):
+    """Draft with an EAGLE-3 head, spliced into the target's program.
+
+    Args:
+        speculative_model: a folder or hub id of a head (SafeAILab, SpecForge or speculators layout), or a loaded
+            autospec.heads.eagle3.Eagle3Head.
+        max_draft_len ... draft_temperature: chain, static or dynamic tree; a chain of 7 unless said otherwise.
+    """
+
+    default_draft_len = 7
+
+
+@_checked
+@dataclass(frozen=True)
+class MedusaConfig(_Ranking):
+    """Draft with Medusa heads: head i guesses the token at depth i + 1.
+
+    Args:
+        speculative_model: a folder or hub id of Medusa heads, or a loaded autospec.heads.medusa.MedusaHeads.
+        max_draft_len ... draft_temperature: chain, static or dynamic tree, no deeper than there are heads; a chain of
+            4 unless said otherwise.
+    """
 
 
 @_checked
@@ -128,12 +211,22 @@ class AutoConfig:
             )
 
 
-Speculation = NGramConfig | DraftTargetConfig | AutoConfig | None
+Ranking = DraftTargetConfig | Eagle3Config | MedusaConfig
+Speculation = NGramConfig | DraftTargetConfig | Eagle3Config | MedusaConfig | AutoConfig | None
+
+
+def tree_of(speculation: Speculation) -> DraftTree:
+    """The widest draft of a configuration."""
+    if isinstance(speculation, _Ranking):
+        return speculation.tree
+    if isinstance(speculation, AutoConfig):
+        return chain(max(speculation.draft_lens))
+    return chain(0 if speculation is None else speculation.max_draft_len)
 
 
 def parse_speculation(value: object) -> Speculation:
     """`"auto"`, `"ngram"`, `None` or a configuration, as given to `autospec.optimize`."""
-    if value is None or isinstance(value, (NGramConfig, DraftTargetConfig, AutoConfig)):
+    if value is None or isinstance(value, (NGramConfig, DraftTargetConfig, Eagle3Config, MedusaConfig, AutoConfig)):
         return value
     named = {"auto": AutoConfig, "ngram": NGramConfig}
     if isinstance(value, str):

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from autospec.capture import text_config
+from autospec.config import Eagle3Config, MedusaConfig
 from autospec.errors import CaptureError, CheckpointError, OptionError
+from autospec.heads.checkpoint import load_head
+from autospec.program import CapturedHead
 
 
 def load_model(model: Any, option: str, like: Any = None) -> Any:
@@ -94,6 +97,33 @@ def check_draft(target: Any, draft: Any) -> None:
     if here.device != there.device:
         raise OptionError(f"the draft is on {there.device}, the target on {here.device}", where="DraftTargetConfig",
                           at="speculative_model", help="move one of them")  # fmt: skip
+
+
+def load_draft_head(source: Any, target: Any) -> Any:
+    """The head itself, or one loaded from a path or hub id for this target, on its device and in its dtype."""
+    if isinstance(source, torch.nn.Module):
+        return source
+    weight = next(target.parameters())
+    config, output = text_config(target), target.get_output_embeddings()
+    return load_head(
+        source, target_hidden_size=int(config.hidden_size), target_vocab_size=int(config.vocab_size),
+        target_layers=int(config.num_hidden_layers), embed_tokens=target.get_input_embeddings().weight,
+        lm_head=None if output is None else output.weight, dtype=weight.dtype, device=weight.device,
+    ).eval()  # fmt: skip
+
+
+def check_head(config: Eagle3Config | MedusaConfig, head: CapturedHead) -> None:
+    """The draft that is asked for must be one the head can make."""
+    tree, name = config.tree, type(config).__name__
+    if head.max_draft_len is not None and tree.max_draft_len > head.max_draft_len:
+        raise OptionError(
+            f"a draft of {tree.max_draft_len} levels needs as many heads, there are {head.max_draft_len}",
+            at=f"max_draft_len={tree.max_draft_len}", where=name, help=f"use at most {head.max_draft_len} levels",
+        )  # fmt: skip
+    widest = max(tree.children_at(level) for level in range(tree.max_draft_len))
+    if widest > head.facts.vocab_size:
+        raise OptionError(f"{widest} children of a node are asked for, the draft knows {head.facts.vocab_size} tokens",
+                          at=str(tree), where=name, help="use fewer children")  # fmt: skip
 
 
 def _layer_lists(module: torch.nn.Module, depth: int) -> Iterator[tuple[torch.nn.Module, str, torch.nn.ModuleList]]:

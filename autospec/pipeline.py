@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculation
+from autospec.config import (
+    AutoConfig,
+    DraftTargetConfig,
+    Eagle3Config,
+    MedusaConfig,
+    NGramConfig,
+    Speculation,
+    tree_of,
+)
 from autospec.debug import disabled_kernels
 from autospec.errors import OptionError, unknown_option
 from autospec.ir.passes import Pass, Stage
+from autospec.ir.slots import Slot
+from autospec.passes.attach_draft_head import AttachDraftHead
 from autospec.passes.attach_draft_model import AttachDraftModel
+from autospec.passes.attach_medusa_heads import AttachMedusaHeads
 from autospec.passes.bind_positions import BindPositions
 from autospec.passes.fold_noops import FoldNoops
 from autospec.passes.fuse_linears import FuseLinears
 from autospec.passes.gather_logits import GatherLogits
+from autospec.passes.mask_tree import MaskTree
 from autospec.passes.offset_draft_layers import OffsetDraftLayers
 from autospec.passes.pack_linears import PackLinears
 from autospec.passes.page_kv_cache import PageKvCache
@@ -24,6 +36,7 @@ from autospec.passes.recognize_attention import RecognizeAttention
 from autospec.passes.select_kernels import SelectKernels
 from autospec.passes.specialize_shapes import SpecializeShapes
 from autospec.passes.tag_roles import TagRoles
+from autospec.passes.tap_hidden_states import TapHiddenStates
 from autospec.passes.verify_draft import CommitPrompt, VerifyDraft
 from autospec.passes.widen_decode import FeedPrompt, WidenDecode
 from autospec.program import ModelFacts, Shape
@@ -32,12 +45,23 @@ from autospec.state import StateShape
 
 @dataclass(frozen=True)
 class DraftParts:
-    """An external draft model, specialised and paged for the places where it is spliced in."""
+    """A draft model or head, specialised and paged for the places where it is spliced in.
+
+    Args:
+        catch_up: where it runs what it has not seen, at the end of a step; Medusa heads have nothing else.
+        expand: where it runs one level of nodes, by their number.
+        prefill: where it reads a chunk of the prompt.
+        tap_after, d2t: of a head.
+        is_head: it reads the target's hidden states.
+    """
 
     facts: ModelFacts
     catch_up: fx.GraphModule
-    expand: fx.GraphModule
+    expand: Mapping[int, fx.GraphModule]
     prefill: fx.GraphModule
+    is_head: bool = False
+    tap_after: tuple[int, ...] = ()
+    d2t: Slot | None = None
 
 
 def pass_types() -> list[type[Pass]]:
@@ -72,6 +96,11 @@ def understand(max_positions: int) -> list[Stage]:
     return [Stage("understand", [RecognizeAttention(max_positions=max_positions), BindPositions(), TagRoles()])]
 
 
+def understand_head() -> list[Stage]:
+    """Roles of a draft head's graph, which calls the canonical ops already."""
+    return [Stage("understand", [TagRoles()])]
+
+
 def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False) -> list[Stage]:
     """Static shapes and paged caches; what target and draft have in common."""
     return [
@@ -83,12 +112,55 @@ def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False) -> li
     ]  # fmt: skip
 
 
-def draft_model(shape: Shape, q_len: int, layer_idx_offset: int) -> list[Stage]:
-    """An external draft model, ready to be spliced."""
+def draft_catch_up(shape: Shape, layer_idx_offset: int) -> list[Stage]:
+    """An external draft model where it runs the tokens it has not seen, the last of which is the root."""
+    rows = 2 if shape.tree.is_chain else shape.tree.max_draft_len + 1
     return [
-        *specialise(shape, q_len, is_length_given=True),
+        *specialise(shape, rows, is_length_given=True),
+        Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset),
+                            GatherLogits(given_for=shape.batch_size)]),
+    ]  # fmt: skip
+
+
+def draft_level(shape: Shape, rows: int, layer_idx_offset: int) -> list[Stage]:
+    """An external draft model where it runs the nodes of one level."""
+    masked = [] if shape.tree.is_chain else [
+        MaskTree(batch_size=shape.batch_size, num_nodes=rows, is_mask_given=True)
+    ]  # fmt: skip
+    return [
+        *specialise(shape, rows, is_length_given=True),
+        Stage("speculate", [*masked, OffsetDraftLayers(layer_idx_offset=layer_idx_offset)]),
+    ]
+
+
+def draft_prefill(shape: Shape, layer_idx_offset: int) -> list[Stage]:
+    """An external draft model where it reads the prompt."""
+    return [
+        *specialise(shape, shape.prefill_len, is_length_given=True),
         Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset)]),
     ]
+
+
+def head_catch_up(shape: Shape, rows: int, layer_idx_offset: int) -> list[Stage]:
+    """A draft head where it reads the target's features of the tokens that were committed."""
+    return [
+        *specialise(shape, rows, is_length_given=True),
+        Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset),
+                            GatherLogits(given_for=shape.batch_size)]),
+    ]  # fmt: skip
+
+
+def medusa_heads(shape: Shape) -> list[Stage]:
+    """Medusa heads on one row per request."""
+    return [
+        Stage("specialise", [SpecializeShapes(batch_size=shape.batch_size, q_len=1), FoldNoops()]),
+        Stage("speculate", [OffsetDraftLayers(layer_idx_offset=0)]),
+    ]
+
+
+def levels(shape: Shape) -> set[int]:
+    """The numbers of rows that the levels of a draft have."""
+    return {shape.tree.rows_at(level) for level in range(shape.tree.max_draft_len - 1)}
 
 
 def prefill(shape: Shape, facts: ModelFacts, speculation: Speculation, draft: DraftParts | None) -> list[Stage]:
@@ -97,6 +169,7 @@ def prefill(shape: Shape, facts: ModelFacts, speculation: Speculation, draft: Dr
     return [
         *specialise(shape, shape.prefill_len),
         Stage("widen", [
+            *taps(draft),
             FeedPrompt(batch_size=shape.batch_size, q_len=shape.prefill_len, token_room=shape.token_room,
                        max_position=facts.max_positions),
             GatherLogits(),
@@ -111,17 +184,26 @@ def step(
     shape: Shape, facts: ModelFacts, speculation: Speculation, draft: DraftParts | None, draft_len: int
 ) -> list[Stage]:
     """Verify `draft_len` drafts per request, commit, and seed the next draft."""
-    sizes = state_shape(shape, facts)
+    sizes, tree = state_shape(shape, facts), shape.tree
+    next_n = draft_len + 1 if tree.is_chain else tree.num_nodes
+    masked = [] if tree.is_chain else [MaskTree(batch_size=shape.batch_size, num_nodes=tree.num_nodes)]
     return [
-        *specialise(shape, draft_len + 1),
+        *specialise(shape, next_n),
         Stage("widen", [
-            WidenDecode(batch_size=shape.batch_size, next_n=draft_len + 1, max_nodes=shape.max_draft_len + 1,
+            *taps(draft),
+            WidenDecode(batch_size=shape.batch_size, next_n=next_n, max_nodes=tree.num_nodes,
                         max_position=facts.max_positions),
+            *masked,
             VerifyDraft(sizes=sizes, draft_len=draft_len),
         ]),
         Stage("speculate", drafter(shape, facts, speculation, draft, is_prefill=False)),
         *finish(),
     ]  # fmt: skip
+
+
+def taps(draft: DraftParts | None) -> list[Pass]:
+    """What a head needs of the target's graph."""
+    return [TapHiddenStates(tap_after=draft.tap_after)] if draft is not None and draft.is_head else []
 
 
 def finish() -> list[Stage]:
@@ -140,33 +222,47 @@ def drafter(
         assert draft is not None, "an external draft needs its parts"
         return [
             AttachDraftModel(
-                sizes=state_shape(shape, facts), draft_len=shape.max_draft_len, max_position=draft.facts.max_positions,
+                sizes=state_shape(shape, facts), max_position=draft.facts.max_positions,
                 catch_up=draft.catch_up, expand=draft.expand, prefill=draft.prefill if is_prefill else None,
+                draft_temperature=speculation.draft_temperature,
             )
+        ]  # fmt: skip
+    if isinstance(speculation, Eagle3Config):
+        assert draft is not None, "a head needs its parts"
+        return [
+            AttachDraftHead(
+                sizes=state_shape(shape, facts), max_position=draft.facts.max_positions,
+                catch_up=draft.prefill if is_prefill else draft.catch_up, expand=draft.expand, d2t=draft.d2t,
+                draft_temperature=speculation.draft_temperature,
+            )
+        ]  # fmt: skip
+    if isinstance(speculation, MedusaConfig):
+        assert draft is not None, "heads need their parts"
+        return [
+            AttachMedusaHeads(sizes=state_shape(shape, facts), heads=draft.catch_up,
+                              draft_temperature=speculation.draft_temperature)
         ]  # fmt: skip
     if isinstance(speculation, (NGramConfig, AutoConfig)):
         return [
             ProposeNgram(
-                batch_size=shape.batch_size, max_nodes=shape.max_draft_len + 1, max_draft_len=shape.max_draft_len,
+                batch_size=shape.batch_size, max_nodes=shape.tree.num_nodes, max_draft_len=shape.tree.max_draft_len,
                 max_matching_ngram_size=speculation.max_matching_ngram_size,
                 is_use_oldest=isinstance(speculation, NGramConfig) and speculation.is_use_oldest,
             )
         ]  # fmt: skip
-    return [ProposeNothing(batch_size=shape.batch_size, max_nodes=shape.max_draft_len + 1)]
+    return [ProposeNothing(batch_size=shape.batch_size, max_nodes=shape.tree.num_nodes)]
 
 
 def state_shape(shape: Shape, facts: ModelFacts) -> StateShape:
     """The sizes that choosing and committing need."""
     return StateShape(
         batch_size=shape.batch_size, token_room=shape.token_room, vocab_size=facts.vocab_size,
-        max_draft_len=shape.max_draft_len, sampling=shape.sampling,
+        tree=shape.tree, sampling=shape.sampling,
     )  # fmt: skip
 
 
 def draft_lens(speculation: Speculation) -> tuple[int, ...]:
     """The draft lengths that a program for this speculation has steps for."""
-    if speculation is None:
-        return (0,)
     if isinstance(speculation, AutoConfig):
         return speculation.draft_lens
-    return (speculation.max_draft_len,)
+    return (tree_of(speculation).max_draft_len,)

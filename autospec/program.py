@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from autospec.ir.passes import PassRecord
 from autospec.ir.slots import Slot
+from autospec.trees import DraftTree
 
 SCRATCH_PAGES = 1  # physical page 0 takes the rows that belong nowhere
 
@@ -50,6 +51,29 @@ class CapturedModel:
 
 
 @dataclass(frozen=True)
+class CapturedHead:
+    """A draft head as symbolic graphs over one set of weights.
+
+    Args:
+        first: input_ids, taps, position_ids -> logits, hidden: the target's features come in. Medusa: taps -> logits
+            [B, num_heads, V].
+        following: input_ids, hidden, position_ids -> logits, hidden: its own output comes in. None: Medusa.
+        tap_after: target layers whose output is read; (): what the target's lm_head reads.
+        d2t: offsets of the draft vocabulary, [draft_vocab] int64; None: it is the target's.
+        max_draft_len: how deep it can guess; None: any.
+    """
+
+    first: fx.GraphModule
+    following: fx.GraphModule | None
+    weights: Mapping[str, Tensor]
+    facts: ModelFacts
+    tap_after: tuple[int, ...] = ()
+    d2t: Tensor | None = None
+    max_draft_len: int | None = None
+    records: tuple[PassRecord, ...] = ()
+
+
+@dataclass(frozen=True)
 class Shape:
     """What a program is specialised for.
 
@@ -58,7 +82,7 @@ class Shape:
         max_length: tokens a request may have, prompt and output together.
         page_size: cache rows per page.
         prefill_len: prompt tokens per request in one prefill call.
-        max_draft_len: draft tokens of the widest step.
+        tree: the draft of the widest step.
         sampling: graphs that sample and process logits, or greedy ones that only take the argmax.
     """
 
@@ -66,13 +90,13 @@ class Shape:
     max_length: int
     page_size: int
     prefill_len: int
-    max_draft_len: int
+    tree: DraftTree
     sampling: bool
 
     @property
     def reserve(self) -> int:
         """Slots past the longest request that the widest step and its drafter may write."""
-        return self.max_draft_len + 2
+        return max(self.tree.num_nodes, self.tree.draft_rows + 1) + 1
 
     @property
     def pages_per_row(self) -> int:

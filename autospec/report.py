@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from autospec.ir.passes import PassRecord
-from autospec.program import CapturedModel, Program
+from autospec.program import CapturedHead, CapturedModel, Program
 
 
-def explain_text(target: CapturedModel, draft: CapturedModel | None, program: Program) -> str:
+def explain_text(target: CapturedModel, draft: CapturedModel | CapturedHead | None, program: Program) -> str:
     """The stage table, the refusals with their reasons, the kernels and the memory plan."""
     facts, shape = target.facts, program.shape
     lines = [
@@ -19,13 +19,20 @@ def explain_text(target: CapturedModel, draft: CapturedModel | None, program: Pr
         lines.append(f"draft {draft.facts.name}: {draft.facts.num_kv_layers} KV layers behind the target's")
     lines += [
         f"program for {shape.batch_size} rows of {shape.max_length} tokens, {shape.num_pages} pages of {shape.page_size}, "
-        f"draft lengths {', '.join(map(str, program.draft_lens()))}, {'sampling' if shape.sampling else 'greedy'}",
+        f"{_drafts(program)}, {'sampling' if shape.sampling else 'greedy'}",
         "",
         *pass_table([*target.records, *(draft.records if draft else ()), *program.records]),
         "",
         *memory_plan(target, draft, program),
     ]
     return "\n".join(lines)
+
+
+def _drafts(program: Program) -> str:
+    """What a step verifies."""
+    if program.shape.tree.is_chain:
+        return f"draft lengths {', '.join(map(str, program.draft_lens()))}"
+    return str(program.shape.tree)
 
 
 def pass_table(records: Iterable[PassRecord]) -> list[str]:
@@ -43,7 +50,7 @@ def pass_table(records: Iterable[PassRecord]) -> list[str]:
     return lines
 
 
-def memory_plan(target: CapturedModel, draft: CapturedModel | None, program: Program) -> list[str]:
+def memory_plan(target: CapturedModel, draft: CapturedModel | CapturedHead | None, program: Program) -> list[str]:
     """Bytes of weights, pages and the rest of the state."""
     weights = sum(tensor.numel() * tensor.dtype.itemsize for tensor in program.weights.values())
     total = {True: 0, False: 0}

@@ -14,7 +14,9 @@ from autospec.ir.build import Builder
 from autospec.ir.slots import find_slot
 from autospec.kernels.choose_tokens import choose_greedy, choose_tokens, mark_seen
 from autospec.kernels.commit import store_draft
+from autospec.trees import DraftTree
 
+RANKS = 16  # siblings that are counted apart; a guess: dynamic trees use 10, published static ones up to 10
 MAX_EOS = 8  # eos ids a request may have; a guess that covers every generation config we saw (at most 4)
 
 
@@ -25,7 +27,7 @@ class StateShape:
     batch_size: int
     token_room: int
     vocab_size: int
-    max_draft_len: int
+    tree: DraftTree
     sampling: bool
 
 
@@ -48,11 +50,16 @@ class Chooser:
         if not self.sizes.sampling:
             return self.builder.call(choose_greedy, logits)
         return self.builder.call(
-            choose_tokens, logits, draft_tokens, tree_parents, kv_lens,
+            choose_tokens, logits, draft_tokens, tree_parents, kv_lens, *self.processing(), first_node
+        )
+
+    def processing(self) -> tuple[fx.Node, ...]:
+        """Row keys, temperature, top-k, top-p, min-p, repetition penalty, and the history that it looks at."""
+        return (
             self.row_state("row_keys", torch.int64), self.row_state("temperature", torch.float32, 1.0),
             self.row_state("top_k", torch.int32), self.row_state("top_p", torch.float32, 1.0),
             self.row_state("min_p", torch.float32), self.row_state("repetition_penalty", torch.float32, 1.0),
-            self.seen(), first_node,
+            self.seen(),
         )  # fmt: skip
 
     def remember(self, emitted: fx.Node) -> None:
@@ -73,11 +80,13 @@ class Chooser:
         )
 
 
-def store(builder: Builder, batch_size: int, max_nodes: int, ids: fx.Node, parents: fx.Node) -> None:
-    """Make (ids, parents) [B, N] the draft of the next step."""
+def store(
+    builder: Builder, batch_size: int, max_nodes: int, ids: fx.Node, parents: fx.Node, is_new: fx.Node | None = None
+) -> None:
+    """Make (ids, parents) [B, N] the draft of the next step, of the rows that is_new [B] names."""
     draft_tokens = builder.state("draft_tokens", (batch_size, max_nodes), torch.int64)
     tree_parents = builder.state("tree_parents", (batch_size, max_nodes), torch.int32, fill=-1)
-    builder.call(store_draft, draft_tokens, tree_parents, ids, parents)
+    builder.call(store_draft, draft_tokens, tree_parents, ids, parents, is_new)
 
 
 def history(module: fx.GraphModule) -> tuple[fx.Node, fx.Node, fx.Node]:

@@ -31,6 +31,12 @@ def last_rows(hidden: Tensor, q_lens: Tensor) -> Tensor:
 
 
 @kernel_op()
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [B, N, ...], index [B, R] int (negative: row 0) -> [B, R, ...]: the named rows of each request."""
+    return rows[torch.arange(rows.shape[0], device=rows.device)[:, None], index.long().clamp(min=0)]
+
+
+@kernel_op()
 def tokens_at(tokens: Tensor, starts: Tensor, count: int) -> Tensor:
     """tokens [B, T] int64, starts [B] -> [B, count] int64: `count` tokens in a row from `starts` on, clamped to T."""
     slot = starts.long()[:, None] + torch.arange(count, device=tokens.device)[None, :]
@@ -88,7 +94,7 @@ def commit_step(
     slot = kv_lens.long()[:, None] + 1 + index
     tokens.copy_(tokens.scatter(1, slot, torch.where(valid, run, tokens.gather(1, slot))))
     reached = torch.cat([live[:, None], (accept_length[:, None] >= index[:, 1:]) & live[:, None]], 1)
-    if steps < draft_tokens.shape[1]:
+    if steps < accept_counts.shape[0]:
         is_next = (tree_parents[:, steps] == steps - 1) & (draft_tokens[:, steps] == bonus_token)
         reached = torch.cat([reached, (is_next & live & (accept_length == steps - 1))[:, None]], 1)
     totals = torch.nn.functional.pad(reached.sum(0), (0, accept_counts.shape[0] - reached.shape[1]))
@@ -100,13 +106,20 @@ def commit_step(
 
 
 @kernel_op(mutates=("draft_tokens", "tree_parents"))
-def store_draft(draft_tokens: Tensor, tree_parents: Tensor, new_tokens: Tensor, new_parents: Tensor) -> None:
+def store_draft(
+    draft_tokens: Tensor, tree_parents: Tensor, new_tokens: Tensor, new_parents: Tensor, is_new: Tensor | None = None
+) -> None:
     """Make new_tokens, new_parents [B, N] the draft of the next step: draft_tokens int64, tree_parents int32 [B, >= N].
 
-    Every word is rewritten; nodes past N become absent."""
+    Every word is rewritten; nodes past N become absent. is_new [B] bool: rows that get the draft (None: all)."""
     room = draft_tokens.shape[1] - new_tokens.shape[1]
-    draft_tokens.copy_(torch.nn.functional.pad(new_tokens, (0, room)))
-    tree_parents.copy_(torch.nn.functional.pad(new_parents, (0, room), value=-1))
+    ids = torch.nn.functional.pad(new_tokens, (0, room))
+    parents = torch.nn.functional.pad(new_parents, (0, room), value=-1)
+    if is_new is not None:
+        ids = torch.where(is_new[:, None], ids, draft_tokens)
+        parents = torch.where(is_new[:, None], parents, tree_parents)
+    draft_tokens.copy_(ids)
+    tree_parents.copy_(parents)
 
 
 @kernel_op()
@@ -121,3 +134,40 @@ def chain_draft(tokens: Tensor, kv_lens: Tensor, limits: Tensor, drafts: Tensor)
     parents = torch.where(last + 1 + step < limits.long()[:, None], step, -1)
     root = torch.full((batch, 1), -1, dtype=torch.int64, device=tokens.device)
     return torch.cat([tokens.gather(1, last), drafts], 1), torch.cat([root, parents], 1).to(torch.int32)
+
+
+@kernel_op()
+def static_draft(
+    tokens: Tensor, kv_lens: Tensor, limits: Tensor, drafts: Tensor, log_probs: Tensor, links: Tensor, depth: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The root and the nodes of a static tree: draft_tokens [B, M+1] int64, tree_parents [B, M+1] int32.
+
+    tokens [B, T], the root at kv_lens [B] int32; drafts [B, M] int64, log_probs [B, M] float32 of nodes 1 ... M;
+    links, depth [M+1] int32: parents and depths of all nodes. Nodes at or past limits [B] int32, and those that the
+    draft cannot take (-inf), are absent.
+    """
+    root = tokens.gather(1, kv_lens.long()[:, None])
+    possible = torch.nn.functional.pad(log_probs > float("-inf"), (1, 0), value=True)
+    present = (kv_lens[:, None] + depth[None, :] < limits[:, None]) & possible
+    return torch.cat([root, drafts], 1), torch.where(present, links[None, :], -1)
+
+
+@kernel_op(mutates=("rank_counts",))
+def count_ranks(
+    rank_counts: Tensor, kv_lens: Tensor, prompt_lens: Tensor, finished: Tensor, tree_parents: Tensor, accept_path: Tensor
+) -> None:
+    """Before a commit: count the draft nodes that live rows verified, and the accepted ones by rank among siblings.
+
+    rank_counts [R+1] int64: nodes verified, then accepted nodes of rank 0, 1, ... (the last takes all beyond); kv_lens,
+    prompt_lens [B] int32, finished [B] bool; tree_parents [B, N], accept_path [B, L+1] int32. Mutates rank_counts.
+    """
+    live = ~finished & (kv_lens >= prompt_lens)
+    node = torch.arange(tree_parents.shape[1], device=tree_parents.device)
+    is_sibling = (tree_parents[:, :, None] == tree_parents[:, None, :]) & (node[None, :] < node[:, None])[None]
+    rank = is_sibling.sum(2).clamp(max=rank_counts.shape[0] - 2)
+    accepted = accept_path[:, 1:]
+    rank = torch.where((accepted > 0) & live[:, None], rank.gather(1, accepted.long().clamp(min=0)), -1)
+    buckets = torch.arange(rank_counts.shape[0] - 1, device=rank.device)
+    by_rank = (rank[:, :, None] == buckets).sum((0, 1))
+    verified = ((tree_parents >= 0) & live[:, None]).sum()
+    rank_counts.copy_(rank_counts + torch.cat([verified[None], by_rank]))

@@ -61,7 +61,8 @@ class SpecializeShapes(Pass):
         slot, captured = slot_of(node), node.meta["val"]
         with mode:
             if slot.kind == "input":
-                return torch.empty((self.batch_size, self.q_len), dtype=captured.dtype, device=device_of(module))
+                size = self.batch_size, self.q_len, *captured.shape[2:]
+                return torch.empty(size, dtype=captured.dtype, device=device_of(module))
             return torch.empty_strided(slot.shape, captured.stride(), dtype=slot.dtype, device=device_of(module))
 
     def ensures(self, module: fx.GraphModule) -> Iterable[str]:

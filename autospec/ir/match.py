@@ -61,6 +61,11 @@ def returned(module: fx.GraphModule, index: int = 0) -> fx.Node:
     return value
 
 
+def others(module: fx.GraphModule) -> list[Any]:
+    """What the graph returns beside its first value."""
+    return list(module.graph.output_node().args[0])[1:]  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Mismatch:
     """Why a pattern does not hold at a node."""

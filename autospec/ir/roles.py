@@ -10,7 +10,8 @@ from typing import Literal
 from torch import fx
 
 Role = Literal[
-    "attention", "layer_output", "final_hidden", "lm_head", "draft_tokens", "q_lens", "commit"
+    "attention", "layer_output", "final_hidden", "lm_head", "draft_tokens", "q_lens", "tree_mask",
+    "taps", "accept_path", "commit",
 ]  # fmt: skip
 
 

@@ -61,6 +61,11 @@ def placeholder_name(slot_name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in slot_name)
 
 
+def is_pages(slot: Slot) -> bool:
+    """Whether the slot is a buffer of K or V pages."""
+    return slot.kind == "state" and slot.name.startswith(("k_pages.", "v_pages."))
+
+
 def assign_slot(node: fx.Node, slot: Slot) -> None:
     """Give a placeholder its slot and a name after it, unique within the graph."""
     node.meta["slot"] = slot

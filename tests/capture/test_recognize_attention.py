@@ -11,7 +11,7 @@ import torch
 from harness.graphs import check_golden
 from torch import Tensor, fx, nn
 
-from autospec.capture import _with_slots
+from autospec.capture import with_slots
 from autospec.ir.match import argument, calls
 from autospec.ir.runner import run_pass
 from autospec.ir.sizes import constants_of
@@ -51,7 +51,7 @@ def export(core: Core) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     ids = torch.zeros(2, 5, dtype=torch.int64)
     dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     exported = torch.export.export(toy, (ids, ids.clone()), dynamic_shapes=(dims, dims), strict=False).run_decompositions({})
-    return _with_slots(exported, "toy")
+    return with_slots(exported, "toy")
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:

@@ -86,21 +86,21 @@ def _history_forgotten(op: Any, logits: Tensor, draft: Tensor, parents: Tensor, 
     return op(logits, draft, torch.full_like(parents, -1), *args)
 
 
-def _stale_tokens(op: Any, draft_tokens: Tensor, tree_parents: Tensor, ids: Tensor, parents: Tensor) -> Any:
+def _stale_tokens(op: Any, draft_tokens: Tensor, tree_parents: Tensor, ids: Tensor, parents: Tensor, *rest: Any) -> Any:
     stale = draft_tokens[:, 1:].clone()
-    op(draft_tokens, tree_parents, ids, parents)
+    op(draft_tokens, tree_parents, ids, parents, *rest)
     draft_tokens[:, 1:] = stale
 
 
-def _stale_parents(op: Any, draft_tokens: Tensor, tree_parents: Tensor, ids: Tensor, parents: Tensor) -> Any:
+def _stale_parents(op: Any, draft_tokens: Tensor, tree_parents: Tensor, ids: Tensor, parents: Tensor, *rest: Any) -> Any:
     stale = tree_parents.clone()
-    op(draft_tokens, tree_parents, ids, parents)
+    op(draft_tokens, tree_parents, ids, parents, *rest)
     tree_parents.copy_(torch.maximum(stale, tree_parents))
 
 
-def _stale_root(op: Any, draft_tokens: Tensor, tree_parents: Tensor, ids: Tensor, parents: Tensor) -> Any:
+def _stale_root(op: Any, draft_tokens: Tensor, tree_parents: Tensor, ids: Tensor, parents: Tensor, *rest: Any) -> Any:
     root = draft_tokens[:, 0].clone()
-    op(draft_tokens, tree_parents, ids, parents)
+    op(draft_tokens, tree_parents, ids, parents, *rest)
     draft_tokens[:, 0] = torch.where(root > 0, root, draft_tokens[:, 0])
 
 
@@ -164,7 +164,7 @@ PLANTS: list[tuple[Plant, list[Law]]] = [
     (Plant("catch-up of one row", "tokens_at", _two_tokens_of), [laws.draft_rows]),
     (Plant("catch-up one token late", "tokens_at", _shifted(1, 1), owner="draft"), [laws.draft_rows]),
     (Plant("noise index off by one", "choose_tokens", _shifted(3, 1), ("step",)), [laws.drafters_do_not_matter]),
-    (Plant("draft's noise off by one", "choose_tokens", _shifted(3, 1), (), "draft"), [laws.warm_twin]),
+    (Plant("draft's noise off by one", "rank_sampled", _shifted(1, 1), (), "draft"), [laws.warm_twin]),
     (Plant("history without ancestors", "choose_tokens", _history_forgotten, ("step",)), [laws.warm_lossless]),
     (Plant("history without accepted tokens", "mark_seen", _seen_keeps_nothing), [laws.warm_lossless]),
     (Plant("eos inside a run overlooked", "commit_step", _no_eos), [laws.stops_inside_an_accepted_run]),

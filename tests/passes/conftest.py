@@ -12,6 +12,7 @@ from autospec.passes.fold_noops import FoldNoops
 from autospec.passes.page_kv_cache import PageKvCache
 from autospec.passes.specialize_shapes import SpecializeShapes
 from autospec.state import StateShape
+from autospec.trees import chain
 
 BATCH, PAGE, PAGES_PER_ROW = 2, 4, 8
 
@@ -48,5 +49,5 @@ def tiny() -> Tiny:
 def sizes() -> StateShape:
     """Greedy state for the tiny model, two drafts wide."""
     return StateShape(
-        batch_size=BATCH, token_room=PAGE * PAGES_PER_ROW, vocab_size=VOCAB, max_draft_len=2, sampling=False
+        batch_size=BATCH, token_room=PAGE * PAGES_PER_ROW, vocab_size=VOCAB, tree=chain(2), sampling=False
     )

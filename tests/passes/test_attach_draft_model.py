@@ -31,8 +31,8 @@ def _part(tiny: Any, q_len: int) -> fx.GraphModule:
 
 def _attach(tiny: Any, sizes: StateShape, is_prefill: bool = False) -> AttachDraftModel:
     return AttachDraftModel(
-        sizes=sizes, draft_len=DRAFTS, max_position=256, catch_up=_part(tiny, 2), expand=_part(tiny, 1),
-        prefill=_part(tiny, CHUNK) if is_prefill else None,
+        sizes=sizes, max_position=256, catch_up=after(_part(tiny, 2), GatherLogits(given_for=2)),
+        expand={1: _part(tiny, 1)}, prefill=_part(tiny, CHUNK) if is_prefill else None,
     )  # fmt: skip
 
 
@@ -54,11 +54,11 @@ def test_text(tiny: Any, sizes: StateShape) -> None:
 
 def test_it_says_how_many_passes_run(tiny: Any, sizes: StateShape) -> None:
     record = apply(_step(tiny, sizes), _attach(tiny, sizes))[0]
-    assert record.details == ("2 passes: one of 2 rows, 1 of one",)
+    assert record.details == ("chain of 2: a pass of 2 rows, then 1 by level",)
 
 
 def test_a_draft_without_offset_is_refused(tiny: Any, sizes: StateShape) -> None:
-    plain = replace(_attach(tiny, sizes), expand=tiny.paged(1, is_length_given=True))
+    plain = replace(_attach(tiny, sizes), catch_up=tiny.paged(2, is_length_given=True))
     with pytest.raises(AssertionError, match=r"k_pages\.0 belongs to target and draft: run offset-draft-layers"):
         apply(_step(tiny, sizes), plain)
 

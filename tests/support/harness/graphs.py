@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autospec.assemble import copy_graph
-from autospec.capture import _with_slots
+from autospec.capture import with_slots
 from autospec.ir.build import Builder, declare
 from autospec.ir.passes import Pass, PassRecord
 from autospec.ir.runner import run_pass
@@ -70,7 +70,7 @@ def tiny_graph(num_layers: int = 1, window: int = 0, is_tied: bool = False) -> t
     inputs = (torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64))
     dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     exported = torch.export.export(model, inputs, dynamic_shapes=(dims, dims), strict=False).run_decompositions({})
-    module, weights = _with_slots(exported, "tiny")
+    module, weights = with_slots(exported, "tiny")
     run_pass(module, TagRoles())
     return module, weights
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from autospec.assemble import build_program
-from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculation
+from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculation, tree_of
 from autospec.program import Program, Shape
 from autospec.runtime.metrics import Metrics
 from autospec.runtime.request import Request, SamplingParams
@@ -61,7 +61,8 @@ class Plant:
                 node.target = _named(functools.partial(self.bug, node.target), self.op)
                 count += 1
             graph.module.recompile()
-        assert count, f"{self.name} found no {self.op} to break"
+        if not count:  # no AssertionError, which would look like a caught bug
+            raise LookupError(f"{self.name} found no {self.op} to break in {sorted(program.graphs)}")
         return count
 
 
@@ -92,8 +93,7 @@ class Workshop:
             speculation, draft = DRAFTERS[drafter]
             if drafter == "ngram" and draft_len != L:
                 speculation = NGramConfig(max_draft_len=draft_len, max_matching_ngram_size=3)
-            widest = 0 if speculation is None else draft_len
-            shape = Shape(batch, LENGTH, page, chunk, widest, sampling)
+            shape = Shape(batch, LENGTH, page, chunk, tree_of(speculation), sampling)
             program = build_program(captured(target), captured(draft) if draft else None, speculation, shape, "eager")
             if self.plant is not None:
                 self.plant.apply(program)

@@ -1,0 +1,118 @@
+"""Draft head -> captured graphs; the head reads the target's hidden states, so the target is captured first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autospec import debug, pipeline
+from autospec.capture import EXAMPLE_SHAPE, with_slots
+from autospec.errors import CaptureError, OptionError
+from autospec.heads.eagle3 import Eagle3Head
+from autospec.heads.medusa import MedusaHeads
+from autospec.ir.match import calls
+from autospec.ir.runner import run_stages
+from autospec.ir.sizes import constants_of
+from autospec.kernels.attention import attention
+from autospec.passes.tap_hidden_states import missing_taps
+from autospec.program import CapturedHead, CapturedModel, ModelFacts
+
+
+class _Called(nn.Module):
+    """A function of a head as a module, so that it can be exported."""
+
+    def __init__(self, head: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self.function = head, function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+def capture_head(head: Any, target: CapturedModel) -> CapturedHead:
+    """Export a head's passes with symbolic batch and length.
+
+    Raises:
+        CaptureError: the target's graph does not show the hidden states that the head reads.
+        OptionError: the head belongs to another target.
+    """
+    if isinstance(head, Eagle3Head):
+        captured = _capture_eagle3(head, target)
+    elif isinstance(head, MedusaHeads):
+        captured = _capture_medusa(head, target)
+    else:
+        raise OptionError(f"{type(head).__name__} is no draft head", at="speculative_model", where="autospec.optimize",
+                          help="give a folder, an Eagle3Head or MedusaHeads")  # fmt: skip
+    for reason in missing_taps(target.graph, captured.tap_after):
+        raise CaptureError(reason, at=f"tap_after={captured.tap_after}", where=target.facts.name,
+                           help="a draft head needs hidden states that this model's graph does not show")  # fmt: skip
+    return captured
+
+
+def _capture_eagle3(head: Eagle3Head, target: CapturedModel) -> CapturedHead:
+    spec = head.spec
+    ids = torch.zeros(EXAMPLE_SHAPE, dtype=torch.int64)
+    positions = torch.arange(EXAMPLE_SHAPE[1]).expand(EXAMPLE_SHAPE).contiguous()
+    taps = torch.zeros(*EXAMPLE_SHAPE, len(spec.tap_after) * spec.target_hidden_size)
+    hidden = torch.zeros(*EXAMPLE_SHAPE, spec.layer.hidden_size)
+
+    def first(input_ids: Tensor, taps: Tensor, position_ids: Tensor) -> Any:
+        return head(input_ids, head.fuse(taps), position_ids)
+
+    order = "input_ids", "taps", "position_ids"
+    graphs = [
+        _export(head, first, order, (ids, taps, positions), target),
+        _export(head, head.forward, ("input_ids", "hidden", "position_ids"), (ids, hidden, positions), target),
+    ]
+    weights = _weights(graphs)
+    d2t = head.d2t
+    facts = _facts(head, graphs[0], target, spec.draft_vocab_size)
+    return CapturedHead(graphs[0], graphs[1], weights, facts, spec.tap_after, d2t)
+
+
+def _capture_medusa(head: MedusaHeads, target: CapturedModel) -> CapturedHead:
+    graph = _export(head, head.forward, ("taps",), (torch.zeros(*EXAMPLE_SHAPE, head.hidden_size),), target)
+    facts = _facts(head, graph, target, head.vocab_size)
+    return CapturedHead(graph, None, _weights([graph]), facts, max_draft_len=head.num_heads)
+
+
+def _export(
+    head: nn.Module, function: Callable[..., Any], names: Sequence[str], inputs: tuple[Tensor, ...], target: CapturedModel
+) -> fx.GraphModule:
+    """One pass of the head as a symbolic graph with roles."""
+    weight = next(head.parameters())
+    if weight.device != target.facts.device or weight.dtype != target.facts.dtype:
+        raise OptionError(
+            f"the head is {weight.dtype} on {weight.device}, the target {target.facts.dtype} on {target.facts.device}",
+            at="speculative_model", where="autospec.optimize", help="convert it with head.to(...)",
+        )  # fmt: skip
+    given = tuple(x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype) for x in inputs)
+    auto = torch.export.Dim.AUTO
+    dims = tuple({0: auto, 1: auto} for _ in given)
+    name = type(head).__name__
+    with torch.no_grad():
+        exported = torch.export.export(_Called(head, function).eval(), given, dynamic_shapes=(dims,), strict=False)
+        graph, weights = with_slots(exported.run_decompositions({}), name, names)
+    graph.meta["weights"] = weights
+    run_stages(graph, pipeline.understand_head(), graph_name="draft.capture", debug=debug.options())
+    return graph
+
+
+def _weights(graphs: Sequence[fx.GraphModule]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for graph in graphs:
+        found |= graph.meta.pop("weights") | constants_of(graph)
+    return found
+
+
+def _facts(head: nn.Module, graph: fx.GraphModule, target: CapturedModel, vocab_size: int) -> ModelFacts:
+    found = list(calls(graph, attention))
+    sizes = [source.meta["val"] for node in found for source in node.args[1:3]]  # type: ignore[union-attr]
+    return ModelFacts(
+        name=type(head).__name__, vocab_size=vocab_size, max_positions=target.facts.max_positions,
+        dtype=target.facts.dtype, device=target.facts.device, num_kv_layers=len(found),
+        bytes_per_token=sum(value.shape[1] * value.shape[3] * value.dtype.itemsize for value in sizes),
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""Splice an EAGLE-3 head into the target's graph as its drafter.
+
+    return [%emitted, %taps]   ->   %t = %taps[path of the accepted nodes]               catch-up: row t pairs the
+                                    %l0, %h0 = head(%tokens[n + 1 ...], fuse(%t))         target's feature t with token t + 1
+                                    %c0 = rank(%l0);  %l1, %h1 = head(%c0, %h0) ...       one pass per level
+                                    autospec.store_draft(...)
+                                    return [%emitted]
+
+    (prefill)                       the same behind every chunk: its last row takes the next chunk's first token
+
+Legal: a draft never changes what is emitted; the head's KV layers and weights have names of their own. At a step's
+boundary its cache holds kv_lens rows. Rows of draft nodes are dropped by length and run again from the target's own
+features; rows past the accepted ones write garbage above the length, which nothing sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from autospec.drafting import Frontier, Grower, committed_features
+from autospec.ir.build import Builder, splice
+from autospec.ir.match import aten, returned
+from autospec.ir.passes import Notes, Pass
+from autospec.ir.roles import with_role
+from autospec.ir.slots import Slot
+from autospec.kernels.commit import gather_rows, last_rows, tokens_at
+from autospec.kernels.tree_tables import node_positions
+from autospec.state import StateShape, history
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachDraftHead(Pass):
+    """Run a head on the target's features at the accepted tokens, then once per level of the draft."""
+
+    name = "attach-draft-head"
+    sizes: StateShape
+    max_position: int
+    catch_up: fx.GraphModule = field(repr=False, compare=False)  # input_ids, taps [B, C] -> last row's logits, hidden
+    expand: Mapping[int, fx.GraphModule] = field(repr=False, compare=False)  # input_ids, hidden [B, R], by R
+    d2t: Slot | None = None
+    draft_temperature: float = 1.0
+
+    def requires(self, module: fx.GraphModule) -> Iterable[str]:
+        if not with_role(module, "commit"):
+            yield "a draft follows what was committed: run verify-draft or commit-prompt first"
+
+    def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        if not with_role(module, "taps"):
+            return 0
+        builder = Builder(module, owner="draft")
+        tokens, kv_lens, _ = history(module)
+        known = committed_features(builder)
+        rows = known.taps.meta["val"].shape[1]
+        following = builder.call(tokens_at, tokens, builder.call(aten.add.Tensor, known.start, 1), rows)
+        inputs = {
+            "input_ids": following, "taps": known.taps, "kv_lens": known.start, "q_lens": known.count,
+            "position_ids": builder.call(node_positions, known.start, rows, self.max_position),
+        }  # fmt: skip
+        logits, recycled = splice(builder, self.catch_up, inputs)
+        hidden = builder.call(last_rows, recycled, known.count)
+
+        def level(nodes: Frontier) -> fx.Node:
+            nonlocal hidden
+            logits, hidden = self._level(builder, kv_lens, nodes, hidden)
+            return logits
+
+        d2t = None if self.d2t is None else builder.slot(self.d2t)
+        Grower(builder, self.sizes, self.draft_temperature, d2t, known.is_new).grow(logits, level)
+        module.graph.output_node().args = ((returned(module),),)
+        notes.say(f"{self.sizes.tree}: a pass of {rows} rows, then {self.sizes.tree.max_draft_len - 1} by level")
+        return 1
+
+    def _level(self, builder: Builder, kv_lens: fx.Node, nodes: Frontier, above: fx.Node) -> list[fx.Node]:
+        """Logits and hidden states of one level's nodes, each reading its parent's hidden state."""
+        count = nodes.tokens.meta["val"].shape[1]
+        append = builder.call(aten.add.Tensor, kv_lens, nodes.first)
+        place = builder.call(aten.add.Tensor, kv_lens, nodes.level)
+        hidden = builder.call(gather_rows, above, nodes.parents)
+        inputs = {"input_ids": nodes.tokens, "hidden": hidden, "kv_lens": append}
+        if nodes.tree_mask is None:
+            inputs["position_ids"] = builder.call(node_positions, place, count, self.max_position)
+        else:
+            siblings = builder.call(aten.zeros_like.default, nodes.tokens)  # they share a position
+            inputs["position_ids"] = builder.call(node_positions, place, count, self.max_position, siblings)
+            inputs |= {"kv_lens": kv_lens, "append_lens": append, "tree_mask": nodes.tree_mask}
+        return splice(builder, self.expand[count], inputs)
+
+    def ensures(self, module: fx.GraphModule) -> Iterable[str]:
+        if with_role(module, "taps") and len(module.graph.output_node().args[0]) > 1:  # type: ignore[arg-type]
+            yield "the taps are still returned"

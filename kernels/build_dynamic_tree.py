@@ -106,18 +106,18 @@ def bench(device: torch.device) -> Iterator[Measurement]:
     from autospec.kernels.grow_frontier import grow_frontier
 
     for batch, top, levels, most in ((1, 10, 8, 60), (64, 10, 8, 60), (8, 32, 4, 1023)):
-        short = {"device": device, "dtype": torch.int32}
-        pieces: list[tuple[Tensor, ...]] = []
-        scores, ids = torch.zeros(batch, 1, device=device), torch.full((batch, 1), -1, **short)
-        mask = torch.zeros(batch, 1, 4, **short)
+        scores, ids = torch.zeros(batch, 1, device=device), torch.full((batch, 1), -1, device=device).int()
+        mask, lens = torch.zeros(batch, 1, 4, device=device).int(), torch.zeros(batch, device=device).int()
+        pieces = []
         for level in range(levels):
             shape = batch, scores.shape[1], top
+            tokens, log_probs = torch.randint(0, 128256, shape, device=device), -3 * torch.rand(shape, device=device)
             *piece, _, scores, ids, _, mask = grow_frontier.reference(
-                torch.randint(0, 128256, shape, device=device), -3 * torch.rand(shape, device=device), scores, ids, mask,
-                torch.zeros(batch, **short), torch.full((batch,), 99, **short), level, top,
+                tokens, log_probs, scores, ids, mask, lens, lens + 99, level, top
             )
-            pieces.append(tuple(piece))
-        history = (torch.cat(x, 1) for x in zip(*pieces, strict=True))
+            pieces.append(piece)
+        history = tuple(torch.cat(x, 1) for x in zip(*pieces, strict=True))
+        size = history[0].shape[1]
         args = torch.randint(0, 128256, (batch,), device=device), *history, most
 
         def mine(args=args) -> tuple[Tensor, ...]:
@@ -126,7 +126,6 @@ def bench(device: torch.device) -> Iterator[Measurement]:
         def reference(args=args) -> tuple[Tensor, ...]:
             return build_dynamic_tree.reference(*args)
 
-        size = args[1].shape[1]
         yield measure(
             "build_dynamic_tree", f"{batch} x {most} of {size}", mine, reference, batch * (size * 16 + most * 12)
         )

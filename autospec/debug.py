@@ -13,7 +13,7 @@ from pathlib import Path
 
 from autospec.errors import unknown_option
 
-BACKENDS = ("triton", "flashinfer")  # what AUTOSPEC_DISABLE_KERNELS may name
+BACKENDS = ("triton", "flashinfer", "cpu")  # what AUTOSPEC_DISABLE_KERNELS may name
 
 
 @dataclass(frozen=True)

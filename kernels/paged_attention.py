@@ -20,6 +20,7 @@ from torch import Tensor
 
 from autospec.kernels.attention import alibi_bias, attend, see
 from autospec.kernels.launch import jit, multiprocessors, no_gpu, power_of_2, rows_of, tl, wrap_triton
+from autospec.kernels.native import not_on_cpu, why_not_built
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
 from autospec.kernels.tree_tables import tree_tables
@@ -453,6 +454,24 @@ def paged_attention_triton(
         q, k_pages, v_pages, page_table, kv_lens, q_lens, tree_mask, sinks, scale, window, chunk, softcap,
         alibi_slopes, tile,
     )
+
+
+def why_not_cpu(args: Mapping[str, Any]) -> str | None:
+    """Rows are read where they lie, as vectors: one dtype, dense in the last dimension."""
+    q, k_pages, v_pages = args["q"], args["k_pages"], args["v_pages"]
+    if (elsewhere := not_on_cpu(args)) is not None:
+        return elsewhere
+    if not q.dtype == k_pages.dtype == v_pages.dtype:
+        return f"queries are {q.dtype}, pages {k_pages.dtype} and {v_pages.dtype}"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {q.dtype} is not float16, bfloat16 or float32"
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if pages.stride(-1) != 1:
+            return f"{name} has stride {pages.stride(-1)} in its last dimension"
+    return why_not_built("paged_attention")
+
+
+paged_attention.native(why_not=why_not_cpu)
 
 
 def bench(device: torch.device) -> Iterator[Measurement]:

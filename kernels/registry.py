@@ -74,7 +74,20 @@ class KernelOp:
 
         return register
 
+    def native(self, *, why_not: Support) -> None:
+        """Register an implementation in C++, whose library `why_not` loads: torch.ops.autospec_cpu.<name>.
 
+        Until then, and where it cannot be loaded, the op runs the reference.
+        """
+        name, schema = f"autospec_cpu::{self.name}", str(self.op._schema).removeprefix("autospec::")
+        _native.define(schema)
+        _native.impl(self.name, self.reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(name, self.reference, lib=_native)
+        op = getattr(torch.ops.autospec_cpu, self.name).default
+        self.implementations.append(Implementation("cpu", why_not, op, self.reference))
+
+
+_native = torch.library.Library("autospec_cpu", "DEF")
 REGISTRY: dict[str, KernelOp] = {}
 
 

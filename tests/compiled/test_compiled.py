@@ -66,6 +66,19 @@ def test_no_canonical_op_is_left_to_call(compiled: tuple[Any, Any]) -> None:
         assert not [node for node in graph.module.graph.nodes if find(node.target) is not None], graph.name
 
 
+def test_attention_on_a_cpu_reads_pages_in_place(compiled: tuple[Any, Any]) -> None:
+    """Every graph calls the C++ kernel, and nothing gathers or copies a page buffer (lowering would have refused that)."""
+    _, fast = compiled
+    for graph in fast.program.graphs.values():
+        assert graph.module is not None
+        names = [str(node.target) for node in graph.module.graph.nodes if node.op == "call_function"]
+        assert names.count("autospec_cpu.paged_attention.default") >= 2, graph.name
+        pages = {slot.shape for slot in graph.slots if slot.name.startswith("k_pages")}
+        shapes = {tuple(node.meta["val"].shape) for node in graph.module.graph.nodes
+                  if node.op == "call_function" and "index_select" in str(node.target)}  # fmt: skip
+        assert not shapes & pages
+
+
 def page_graph(*, reads_old: bool) -> fx.GraphModule:
     """Write one row of a page buffer; a planted bug also needs its old contents afterwards."""
     from torch._subclasses.fake_tensor import FakeTensorMode

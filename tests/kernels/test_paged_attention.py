@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autospec.kernels.attention import attention
-from autospec.kernels.paged_attention import Tile, attend_pages, paged_attention
+from autospec.kernels.paged_attention import Tile, attend_pages, paged_attention, why_not_cpu
 from autospec.kernels.tree_tables import tree_tables
 
 FILE = "autospec.kernels.paged_attention"
@@ -172,10 +172,69 @@ def test_triton_equals_loops(random_parents, interpreted, seed, q_len, is_tree, 
     check_attention(case, interpreted(FILE, "attend_pages", *case.arguments(), tile), 0.0)
 
 
+def on_cpu(*arguments):
+    """The C++ implementation; it must have been compiled."""
+    assert why_not_cpu(paged_attention.bind(arguments, {})) is None
+    return torch.ops.autospec_cpu.paged_attention(*arguments)
+
+
+@settings(max_examples=60, deadline=None, print_blob=True)
+@given(seed=st.integers(0, 2**32 - 1), q_len=st.integers(1, 70), is_tree=st.booleans(), features=features,
+       page=st.sampled_from([1, 4, 16, 48]), max_len=st.sampled_from([0, 40, 200]),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_cpu_equals_loops(random_parents, seed, q_len, is_tree, features, page, max_len, dtype):
+    parents = random_parents(torch.Generator().manual_seed(seed), 2, q_len) if is_tree else (2, q_len)
+    case = case_with({**features, "page": page, "max_len": max_len}, seed, parents).to(dtype)
+    unit = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[dtype]
+    check_attention(case, on_cpu(*case.arguments()), unit)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_cpu_rows_depend_on_what_they_see_only(random_parents, threads):
+    """To the bit: N tokens in one call equal N calls of one, and the last nodes alone equal those of the whole tree."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        wide = make_case(16, (2, 30), max_len=300, window=90).to(torch.float32)
+        out = on_cpu(*wide.arguments())
+        for n in range(30):
+            narrow = replace(wide, q=wide.q[:, n : n + 1], kv_lens=wide.kv_lens + n)
+            assert torch.equal(out[:, n : n + 1], on_cpu(*narrow.arguments()))
+        tree = make_case(17, random_parents(torch.Generator().manual_seed(1), 2, 40), max_len=200, chunk=50)
+        arguments = tree.to(torch.float32).arguments()
+        out = on_cpu(*arguments)
+        for last in (1, 7, 40):
+            assert torch.equal(out[:, -last:], on_cpu(arguments[0][:, -last:], *arguments[1:]))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cpu_takes_any_stride():
+    """q as a slice of a fused projection, pages between others, a column of a wider table."""
+    case = make_case(18, (2, 5)).to(torch.float32)
+    arguments = case.arguments()
+    expected = on_cpu(*arguments)
+    for i in range(4):
+        wide = torch.stack([arguments[i], arguments[i]], -1 if i in (0, 3) else 1)
+        arguments[i] = wide.select(-1 if i in (0, 3) else 1, 1)
+        assert not arguments[i].is_contiguous()
+    assert torch.equal(on_cpu(*arguments), expected)
+
+
+def test_why_not_cpu():
+    arguments = paged_attention.bind(make_case(19, (1, 2)).arguments(), {})
+    assert "float64" in why_not_cpu(arguments)
+    arguments |= {name: arguments[name].float() for name in ("q", "k_pages", "v_pages")}
+    assert "bfloat16" in why_not_cpu({**arguments, "q": arguments["q"].bfloat16()})
+    assert "stride" in why_not_cpu({**arguments, "k_pages": arguments["k_pages"].transpose(2, 3)})
+    assert "meta" in why_not_cpu({**arguments, "q": arguments["q"].to("meta")})
+
+
 def all_of(interpreted, case):
-    """The reference, and Triton with and without splits."""
+    """The reference, C++ for the CPU, and Triton with and without splits."""
     arguments = case.to(torch.float32).arguments()
     yield paged_attention(*arguments)
+    yield on_cpu(*arguments)
     for tile in (WHOLE, SPLIT):
         yield interpreted(FILE, "attend_pages", *arguments, tile)
 
@@ -241,7 +300,7 @@ def test_the_last_nodes_of_a_tree_equal_its_last_rows(random_parents, interprete
     first = data.draw(st.integers(1, q_len - 1))
     arguments = [whole.q[:, first:], *whole.arguments()[1:]]
     arguments[6] = torch.nn.functional.pad(arguments[6], (0, data.draw(st.integers(0, 1))))  # words may be left over
-    rows = [paged_attention(*arguments)]
+    rows = [paged_attention(*arguments), on_cpu(*arguments)]
     rows += [interpreted(FILE, "attend_pages", *arguments, tile) for tile in (WHOLE, SPLIT)]
     for out, late in zip(all_of(interpreted, whole), rows, strict=True):
         torch.testing.assert_close(late, out[:, first:], rtol=2e-6, atol=2e-6)
@@ -258,9 +317,9 @@ def test_wide_equals_narrow(interpreted):
 
 
 def test_padding_is_invisible(interpreted):
-    """Rows past q_lens and pages past the length change nothing, whatever they hold: NaN in Triton's case."""
+    """Rows past q_lens and pages past the length change nothing, whatever they hold: NaN, the reference aside."""
     case = make_case(8, (3, 9), q_lens=torch.tensor([9, 4, 0]).int()).to(torch.float32)
-    for tile in (WHOLE, SPLIT):
+    for tile in (WHOLE, SPLIT, None):
         poisoned = replace(case, k_pages=case.k_pages.clone(), v_pages=case.v_pages.clone(), q=case.q.clone())
         for b in range(3):
             for slot in range(int(case.kv_lens[b] + case.q_lens[b]), case.page_table.shape[1] * 4):
@@ -268,7 +327,7 @@ def test_padding_is_invisible(interpreted):
                 poisoned.v_pages[case.page_table[b, slot // 4], slot % 4] = float("nan")
             poisoned.q[b, int(case.q_lens[b]) :] = float("nan")
         poisoned.k_pages[0] = float("nan")
-        out = interpreted(FILE, "attend_pages", *poisoned.arguments(), tile)
+        out = on_cpu(*poisoned.arguments()) if tile is None else interpreted(FILE, "attend_pages", *poisoned.arguments(), tile)
         check_attention(case, out, 0.0)
         assert torch.equal(out[2], torch.zeros_like(out[2])), "rows past q_lens are 0"
     check_attention(case, paged_attention(*case.arguments()), 0.0)
@@ -320,13 +379,14 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-@pytest.mark.parametrize("is_triton", [False, True])
-def test_planted_bugs_are_caught(interpreted, bug, is_triton):
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_planted_bugs_are_caught(interpreted, bug, backend):
     parents = torch.tensor([[-1, 0, 0, 1, 3]], dtype=torch.int32)
     case = make_case(13, parents, window=6, chunk=8, softcap=1.0)
     case = replace(case, sinks=torch.zeros(4).double(), alibi_slopes=torch.linspace(0.1, 0.4, 4).double())
     case = replace(case, kv_lens=torch.tensor([14]).int()).to(torch.float32)
-    run = (lambda *a: interpreted(FILE, "attend_pages", *a, WHOLE)) if is_triton else paged_attention
+    triton = lambda *a: interpreted(FILE, "attend_pages", *a, WHOLE)  # noqa: E731
+    run = {"reference": paged_attention, "cpu": on_cpu, "triton": triton}[backend]
     check_attention(case, run(*case.arguments()), 0.0)
     with pytest.raises(AssertionError):
         check_attention(case, run(*PLANTED[bug](case.arguments())), 0.0)

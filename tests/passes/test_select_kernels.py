@@ -67,9 +67,16 @@ def test_a_backend_can_be_switched_off(tiny: Any, backends: list[Implementation]
 
 
 def test_on_a_cpu_every_triton_kernel_says_why_not(tiny: Any) -> None:
-    record = apply(tiny.paged(3), SelectKernels())[0]
+    record = apply(tiny.paged(3), SelectKernels(disabled=frozenset({"cpu"})))[0]
     assert record.count == 0
     reasons = {refusal.reason for refusal in record.refusals}
+    off = "cpu: switched off by AUTOSPEC_DISABLE_KERNELS"
     assert reasons in (
-        {"triton: the tensors are on cpu, not on a CUDA device"}, {"triton: triton is not installed"},
+        {"triton: the tensors are on cpu, not on a CUDA device", off}, {"triton: triton is not installed", off},
     )  # fmt: skip
+
+
+def test_on_a_cpu_attention_is_the_one_in_cpp(tiny: Any) -> None:
+    record = apply(tiny.paged(3), SelectKernels())[0]
+    assert record.count >= 1
+    assert any(line.startswith("paged_attention: cpu x ") for line in record.details)

@@ -93,7 +93,8 @@ def declare(module: fx.GraphModule, slot: Slot, value: torch.Tensor | None = Non
 def splice(builder: Builder, part: fx.GraphModule, inputs: Mapping[str, fx.Node]) -> list[fx.Node]:
     """Copy `part` in front of the builder's anchor and return the nodes that stand for its outputs.
 
-    Slots of kind "input" are bound by `inputs`; weights and state are shared by name. `part` stays as it is.
+    Slots of kind "input" are bound by `inputs`; weights and state are shared by name; module paths are prefixed with the
+    builder's owner. `part` stays as it is.
     """
     mapped: dict[fx.Node, fx.Node] = {}
     for node in part.graph.find_nodes(op="placeholder"):
@@ -108,5 +109,6 @@ def splice(builder: Builder, part: fx.GraphModule, inputs: Mapping[str, fx.Node]
         kwargs = fx.map_arg(node.kwargs, lambda n: mapped[n])
         copy = builder.call(node.target, *args, **kwargs)
         copy.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+        copy.meta["module"] = ".".join(filter(None, (builder.owner, node.meta.get("module", ""))))
         mapped[node] = copy
     raise AssertionError("a graph to splice has no output node")

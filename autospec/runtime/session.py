@@ -53,6 +53,8 @@ class Session:
             metrics.count(draft_len, deltas)
             if policy:
                 policy.observe(draft_len, deltas)
+        if "rank_counts" in self.state:
+            metrics.count_ranks(self.state["rank_counts"].tolist())
         metrics.seconds += time.perf_counter() - start
         metrics.prompt_tokens += sum(len(request.prompt) for request in requests)
         metrics.new_tokens += sum(len(request.output) for request in requests)
@@ -115,6 +117,8 @@ class Session:
         for name in ("kv_lens", "accept_counts", "draft_tokens"):
             state[name].zero_()
         state["tree_parents"].fill_(-1)
+        if "rank_counts" in state:
+            state["rank_counts"].zero_()
         if "seen" in state:
             width = state["seen"].shape[1]
             seen = [_seen(request, width) for request in requests]

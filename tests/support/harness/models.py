@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -19,8 +19,10 @@ from transformers.generation.logits_process import (
 )
 
 from autospec.assemble import capture_model
+from autospec.capture_head import capture_head
+from autospec.heads.eagle3 import Eagle3Head, Eagle3Spec
+from autospec.heads.medusa import MedusaHeads
 from autospec.kernels.noise import gumbel
-from autospec.program import CapturedModel
 from autospec.runtime.request import SamplingParams
 
 GREEDY = SamplingParams()
@@ -38,7 +40,10 @@ _MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "target": ("llama", 0, {}),
     "small": ("llama", 1, {"num_hidden_layers": 1}),
     "window": ("mistral", 2, {"sliding_window": 7}),
+    "chunk": ("llama4_text", 3, {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
+                                 "num_hidden_layers": 4}),
 }
+TAPS = (0, 0, 1)  # the tiny target has two layers
 
 
 def tiny(family: str, seed: int = 0, **config: Any) -> Any:
@@ -57,8 +62,29 @@ def model(name: str) -> Any:
 
 
 @functools.cache
-def captured(name: str) -> CapturedModel:
-    """The shared capture of a model. "near" is the target with disturbed weights: a draft that is right at times."""
+def head(name: str) -> Any:
+    """A random draft head of the tiny target: "eagle" has two layers and a vocabulary of its own, "medusa" eight heads."""
+    target = model("target")
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        if name == "medusa":
+            return MedusaHeads(_COMMON["hidden_size"], VOCAB, 8).eval()
+        config = LlamaConfig(**{**_COMMON, "num_hidden_layers": 2})
+        spec = Eagle3Spec(layer=config, draft_vocab_size=48, tap_after=TAPS, target_hidden_size=config.hidden_size)
+        made = Eagle3Head(spec, target.get_input_embeddings().weight)
+        for parameter in made.own_state().values():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+        # Every fourth id of the target is unknown to the draft.
+        made.d2t = torch.tensor([i for i in range(VOCAB) if i % 4]) - torch.arange(48)
+    return made.eval()
+
+
+@functools.cache
+def captured(name: str) -> Any:
+    """The shared capture of a model or head. "near" is the target with disturbed weights: a draft that is right at times."""
+    if name in ("eagle", "medusa"):
+        return capture_head(head(name), captured("target"))
     if name == "near":
         generator = torch.Generator().manual_seed(7)
         exact = captured("target")
@@ -119,3 +145,44 @@ def hf_cache(name: str, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
     with torch.no_grad():
         cache = model(name)(torch.tensor([ids]), past_key_values=DynamicCache()).past_key_values
     return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
+
+
+def eagle_rows(ids: list[int], path: tuple[int, ...] = ()) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The EAGLE-3 head re-fed with everything: committed tokens on the target's features, then drafts on its own output.
+
+    ids: the committed tokens and the root. -> draft logits after the last row over the target's vocabulary (-inf where
+    the draft does not know a token), and K and V of its layers, [rows, Hkv, D] each.
+    """
+    eagle, target = head("eagle"), model("target")
+    with torch.no_grad():
+        states = target(torch.tensor([ids[:-1]]), output_hidden_states=True, use_cache=False).hidden_states
+        outputs = [*states[1:-1], _last_layer(target, ids[:-1])]  # the last of hidden_states has passed the final norm
+        hidden = eagle.fuse(torch.cat([outputs[layer] for layer in TAPS], -1))
+        rows: list[tuple[Tensor, Tensor]] = []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            rows.append((k[0].transpose(0, 1), v[0].transpose(0, 1)))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            return out.transpose(1, 2)
+
+        plain, eagle.attend = eagle.attend, attend
+        try:
+            for count in range(len(path) + 1):
+                tokens = torch.tensor([[*ids[1:], *path[:count]]])
+                rows.clear()
+                logits, recycled = eagle(tokens, hidden, torch.arange(tokens.shape[1])[None])
+                hidden = torch.cat([hidden, recycled[:, -1:]], 1)
+        finally:
+            eagle.attend = plain
+    known = torch.full((VOCAB,), float("-inf"))
+    known[eagle.draft_ids()] = logits[0, -1]
+    return known, rows
+
+
+def _last_layer(target: Any, ids: list[int]) -> Tensor:
+    """The output of the last decoder layer, before the final norm: [1, S, H]."""
+    seen: list[Tensor] = []
+    hook = target.model.norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    target(torch.tensor([ids]), use_cache=False)
+    hook.remove()
+    return seen[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,15 @@ import torch
 from torch import Tensor, fx
 
 from autospec.assemble import build_program
-from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig, Speculation, tree_of
+from autospec.config import (
+    AutoConfig,
+    DraftTargetConfig,
+    Eagle3Config,
+    MedusaConfig,
+    NGramConfig,
+    Speculation,
+    tree_of,
+)
 from autospec.program import Program, Shape
 from autospec.runtime.metrics import Metrics
 from autospec.runtime.request import Request, SamplingParams
@@ -22,6 +31,9 @@ L = 4  # draft tokens of the widest step
 BATCH, LENGTH, PAGE, CHUNK = 4, 96, 8, 16
 
 # name -> configuration and the captured draft
+CHOICES = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [2, 1], [0, 0, 0], [0, 1, 0], [2, 1, 0], [0, 0, 0, 1]]
+_GROWN: dict[str, Any] = {"max_draft_len": L, "dynamic_tree_max_topk": 3, "max_total_draft_tokens": 14}
+
 DRAFTERS: dict[str, tuple[Speculation, str | None]] = {
     "plain": (None, None),
     "ngram": (NGramConfig(max_draft_len=L, max_matching_ngram_size=3), None),
@@ -29,6 +41,17 @@ DRAFTERS: dict[str, tuple[Speculation, str | None]] = {
     "small": (DraftTargetConfig("small", L), "small"),
     "near": (DraftTargetConfig("near", L), "near"),
     "twin": (DraftTargetConfig("target", L), "target"),
+    "small static": (DraftTargetConfig("small", eagle_choices=CHOICES), "small"),
+    "small dynamic": (DraftTargetConfig("small", **_GROWN), "small"),
+    "near dynamic": (DraftTargetConfig("near", **_GROWN), "near"),
+    "twin static": (DraftTargetConfig("target", eagle_choices=CHOICES), "target"),
+    "eagle": (Eagle3Config("eagle", L), "eagle"),
+    "eagle static": (Eagle3Config("eagle", eagle_choices=CHOICES), "eagle"),
+    "eagle dynamic": (Eagle3Config("eagle", **_GROWN), "eagle"),
+    "medusa": (MedusaConfig("medusa", L), "medusa"),
+    "medusa static": (MedusaConfig("medusa", eagle_choices=CHOICES), "medusa"),
+    "medusa dynamic": (MedusaConfig("medusa", **_GROWN), "medusa"),
+    "wide": (MedusaConfig("medusa", 8, dynamic_tree_max_topk=8, max_total_draft_tokens=63), "medusa"),
 }
 
 
@@ -178,6 +201,84 @@ class MixedDraft:
         if j > right and (self.step + j) % 2 and rejected < len(future):
             return future[rejected]
         return (known + 1 + (self.step + j) % (self.vocab - 1)) % self.vocab
+
+
+@dataclass
+class TreeDraft:
+    """A drafter of random trees that knows the future: true tokens mixed with noise, absent nodes among them.
+
+    Args:
+        futures: the full true sequence of each row, prompt included.
+        truth: share of children of a true node that carry the true token.
+        depth: nodes hang deeper for larger values; 0 is uniform over the earlier nodes.
+        is_shuffled: the same trees with their nodes renumbered; parents still come first.
+        log: per step, per row: how many drafts must be accepted.
+    """
+
+    futures: Sequence[Sequence[int]]
+    seed: int
+    max_draft_len: int
+    truth: float = 0.5
+    depth: int = 2
+    is_shuffled: bool = False
+    vocab: int = 64
+    step: int = 0
+    log: list[list[int]] = field(default_factory=list)
+
+    def __call__(self, state: dict[str, Tensor]) -> None:
+        expected = []
+        for row, future in enumerate(self.futures):
+            rng = random.Random(f"{self.seed} {self.step} {row}")
+            root, limit = int(state["kv_lens"][row]), int(state["limits"][row])
+            nodes = self._tree(rng, state["draft_tokens"].shape[1], future, root, limit)
+            if self.is_shuffled:
+                nodes = _renumbered(nodes, rng)
+            for index, (parent, token) in enumerate(nodes[1:], start=1):
+                state["draft_tokens"][row, index] = token
+                state["tree_parents"][row, index] = parent
+            expected.append(self._accepted(nodes, future, root))
+        self.step += 1
+        self.log.append(expected)
+
+    def _tree(self, rng: random.Random, count: int, future: Sequence[int], root: int, limit: int) -> list[tuple[int, int]]:
+        """(parent, token) of every node; siblings are distinct, so that their order means nothing."""
+        nodes, depths, right = [(-1, future[root] if root < len(future) else 0)], [0], [True]
+        has_draft = rng.random() > 0.1
+        for index in range(1, count):
+            parent = max(rng.randrange(index) for _ in range(1 + self.depth))
+            depth = depths[parent] + 1
+            slot = root + depth
+            wanted = future[slot] if slot < len(future) else 0
+            taken = {token for other, token in nodes if other == parent}
+            is_right = right[parent] and wanted not in taken and rng.random() < self.truth
+            free = [token for token in range(self.vocab) if token not in taken and token != wanted]
+            present = has_draft and slot < limit and rng.random() > 0.05
+            nodes.append((parent if present else -1, wanted if is_right else rng.choice(free)))
+            depths.append(depth)
+            right.append(is_right and present)
+        return nodes
+
+    def _accepted(self, nodes: list[tuple[int, int]], future: Sequence[int], root: int) -> int:
+        node, length = 0, 0
+        while length < self.max_draft_len:
+            wanted = future[root + length + 1] if root + length + 1 < len(future) else None
+            node = next((i for i, (parent, token) in enumerate(nodes) if i and parent == node and token == wanted), 0)
+            if not node:
+                break
+            length += 1
+        return length
+
+
+def _renumbered(nodes: list[tuple[int, int]], rng: random.Random) -> list[tuple[int, int]]:
+    """The same tree in another order of nodes; parents still come before children."""
+    placed = [0]
+    waiting = list(range(1, len(nodes)))
+    while waiting:
+        ready = [node for node in waiting if nodes[node][0] in (-1, *placed)]
+        placed.append(rng.choice(ready))
+        waiting.remove(placed[-1])
+    place = {node: index for index, node in enumerate(placed)} | {-1: -1}
+    return [(place[nodes[node][0]], nodes[node][1]) for node in placed]
 
 
 def requests_of(

@@ -106,17 +106,24 @@ def recognise(files: HeadFiles) -> HeadLayout:
         raise _refusal(files, f"speculators_model_type is {kind!r}, only 'eagle3' is a head that can be loaded")
     if config.get("quantization_config"):
         raise _refusal(files, "the head is quantized, and its weights are read as they are")
-    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+    if _eagle_config(files).get("use_aux_hidden_state") is False:
         raise _refusal(files, "the head reads no hidden states inside the target (use_aux_hidden_state is false)")
     if not any(name.endswith(".hidden_norm.weight") for name in names) or "fc.weight" not in names:
         raise _refusal(files, "the file has no fc or no hidden_norm, which every EAGLE-3 head has")
     if kind is not None:
         return SPECULATORS
-    return SPECFORGE if "LlamaForCausalLMEagle3" in (config.get("architectures") or ()) else SAFEAILAB
+    return SPECFORGE if config.get("architectures") == ["LlamaForCausalLMEagle3"] else SAFEAILAB
 
 
 def _refusal(files: HeadFiles, rule: str, help: str = "EAGLE-3 and Medusa heads are supported") -> CheckpointError:
     return CheckpointError(rule, at=files.where, where="draft head", help=help)
+
+
+def _eagle_config(files: HeadFiles) -> dict[str, Any]:
+    nested = files.config.get("eagle_config") or {}
+    if not isinstance(nested, dict):
+        raise _refusal(files, f"eagle_config is no object: {nested!r:.60}", "download config.json again")
+    return nested
 
 
 # Names
@@ -212,17 +219,24 @@ def _load_eagle3(files: HeadFiles, layout: HeadLayout, target: _Target) -> Eagle
         qk_norm=any(name.endswith(".q_norm.weight") for name in tensors), fc_bias="fc.bias" in tensors,
         own_embeddings="embed_tokens.weight" not in shared, own_lm_head="lm_head.weight" not in shared,
     )  # fmt: skip
-    said_layers = _layer_values(files, layout).get("num_hidden_layers", layer.num_hidden_layers)
-    if said_layers != layer.num_hidden_layers:
-        notes.append(f"config.json says {said_layers} layers, the file has {layer.num_hidden_layers}, as its readers expect")
-    with torch.device("meta"):
-        head = Eagle3Head(spec, None if spec.own_embeddings else target.embed_tokens,
-                          None if spec.own_lm_head else target.lm_head)  # fmt: skip
+    said_layers, depth = _layer_values(files, layout).get("num_hidden_layers"), layer.num_hidden_layers
+    if said_layers not in (None, depth):
+        if not layout.one_layer:
+            raise _refusal(files, f"config.json says {said_layers} decoder layers, the file has {depth}",
+                           "download both files again")  # fmt: skip
+        notes.append(f"config.json says {said_layers} layers, the file has {depth}, and its readers build one")
+    try:
+        with torch.device("meta"):
+            head = Eagle3Head(spec, None if spec.own_embeddings else target.embed_tokens,
+                              None if spec.own_lm_head else target.lm_head)  # fmt: skip
+        head.rotary_emb = LlamaRotaryEmbedding(spec.layer).to(target.device)
+    except Exception as error:
+        raise _refusal(files, f"config.json makes no head: {type(error).__name__}: {str(error)[:200]}",
+                       "download config.json again") from error  # fmt: skip
     wanted = head.own_state()
     found = {name: value for name, value in tensors.items() if name not in shared}
     _fit(files, layout, found, wanted, {name: _theirs(name, layout) for name in (*wanted, *found)})
     head.load_state_dict({name: target.like(value) for name, value in found.items()}, strict=False, assign=True)
-    head.rotary_emb = LlamaRotaryEmbedding(spec.layer).to(target.device)
     head.d2t = None if d2t is None else d2t.to(target.device)
     head.report = HeadReport(source=files.where, layout=layout.name, tap_convention=convention, tap_after=tap_after,
                              shared=shared, notes=tuple(notes))  # fmt: skip
@@ -231,7 +245,7 @@ def _load_eagle3(files: HeadFiles, layout: HeadLayout, target: _Target) -> Eagle
 
 def _flags(files: HeadFiles, layout: HeadLayout, tensors: dict[str, Tensor], notes: list[str]) -> dict[str, bool]:
     """Switches of the network; some trainers write them into eagle_config."""
-    nested = files.config.get("eagle_config") or {}
+    nested = _eagle_config(files)
     said = {name: nested.get(name, files.config.get(name)) for name in layout.flags}
     for name, tensor in (("norm_before_fc", "norm_before_fc.weight"), ("fc_norm", "fc_norm.0.weight")):
         if said[name] is None and tensor in tensors:
@@ -261,7 +275,7 @@ def _layer_config(files: HeadFiles, layout: HeadLayout, tensors: dict[str, Tenso
         raise _refusal(files, f"the decoder layer is a {model_type!r}, only {' and '.join(LAYER_MODEL_TYPES)} are known")
     if silent and layout.layer_config is None:
         raise _refusal(files, f"config.json does not say {', '.join(silent)}", "download config.json again")
-    if "sliding_attention" in (values.get("layer_types") or ()):
+    if "sliding_attention" in str(values.get("layer_types")):
         raise _refusal(files, "the head's attention has a sliding window, which drafting would ignore")
     depth = max((int(name.split(".")[1]) for name in tensors if re.match(r"layers\.\d+\.", name)), default=0) + 1
     plain = {name: value for name, value in values.items() if name in (*SIZES, "rope_theta", "rope_scaling", "rope_parameters")}
@@ -273,10 +287,10 @@ def _layer_config(files: HeadFiles, layout: HeadLayout, tensors: dict[str, Tenso
         sizes = {name: getattr(full, name, None) for name in SIZES}
         layer = LlamaConfig(
             **{name: value for name, value in sizes.items() if value is not None}, rope_parameters=full.rope_parameters,
-            num_hidden_layers=depth if layout.one_layer else values.get("num_hidden_layers", depth), tie_word_embeddings=False,
+            num_hidden_layers=depth, tie_word_embeddings=False,
         )  # fmt: skip
     except Exception as error:
-        raise _refusal(files, f"config.json makes no decoder layer: {str(error).strip().splitlines()[0][:200]}",
+        raise _refusal(files, f"config.json makes no decoder layer: {(str(error).strip().splitlines() or [''])[0][:200]}",
                        "download config.json again") from error  # fmt: skip
     rope: Any = layer.rope_parameters
     if rope.get("rope_type") not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -368,15 +382,17 @@ def _load_medusa(files: HeadFiles, layout: HeadLayout, target: _Target) -> Medus
     num_heads, num_layers = 1 + max(head for head, _ in blocks), 1 + max(block for _, block in blocks)
     notes = []
     said_heads, said_layers = files.config.get("medusa_num_heads"), files.config.get("medusa_num_layers", num_layers)
-    if said_heads is not None and said_heads < num_heads:
+    if isinstance(said_heads, int) and said_heads < num_heads and said_layers == num_layers:
         notes.append(f"config.json says {said_heads} heads, the file has {num_heads}: all are loaded")
-    num_heads = max(num_heads, said_heads or 0)
-    finals = [f"{index}.{said_layers}.weight" for index in range(num_heads)]
+    elif said_heads not in (None, num_heads) or said_layers != num_layers:
+        raise _refusal(files, f"config.json says {said_heads} heads of {said_layers} blocks, the file has {num_heads} of "
+                       f"{num_layers}", "download both files again")  # fmt: skip
+    finals = [f"{index}.{num_layers}.weight" for index in range(num_heads)]
     lent = target.lm_head if not any(name in tensors for name in finals) else None
     with torch.device("meta"):
-        heads = MedusaHeads(target.hidden_size, target.vocab_size, num_heads, said_layers, lm_head=lent)
+        heads = MedusaHeads(target.hidden_size, target.vocab_size, num_heads, num_layers, lm_head=lent)
     wanted = heads.own_state()
-    names = {name: _medusa_name(name, said_layers) for name in wanted}
+    names = {name: _medusa_name(name, num_layers) for name in wanted}
     ours = {theirs: name for name, theirs in names.items()}
     found = {ours.get(name, name): value for name, value in tensors.items()}
     _fit(files, layout, found, wanted, {**{name: name for name in found}, **names})

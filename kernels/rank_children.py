@@ -83,8 +83,9 @@ def rank_sampled(
     return best_children(ranked, ranked * divisor, count, d2t)
 
 
-GROUP = 256  # ids whose best score and sum of exponentials the first launch leaves to the second; a guess
-BLOCK_V = 1024  # ids per program of the first launch; a guess
+# The best of five pairs, up to 1.7 times faster than the worst (64 x 10 rows, V = 128256). H100 80GB SXM, 2026-11-21.
+GROUP = 128  # ids whose best score and sum of exponentials the first launch leaves to the second
+BLOCK_V = 1024  # ids per program of the first launch
 
 # A row (request i_b, row i_n) of draft ids (o_v) is read once, for the best score (b_top) and the sum of exponentials
 # (b_sum) of every group of ids (o_g). Only the `count` groups of the best tops can hold the `count` best ids: a second
@@ -319,7 +320,10 @@ def block_sizes(groups: int, count: int, has_map: bool) -> dict[str, int]:
 def rank_greedy_triton(
     logits: Tensor, count: int, draft_temperature: float = 1.0, d2t: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Two launches: a summary of every group of ids, then the best of the best groups."""
+    """Two launches: a summary of every group of ids, then the best of the best groups.
+
+    The 10 best of 128256 ids: 10 rows in 15 us, 640 in 120 us. H100 80GB SXM, triton 3.6, 2026-11-21.
+    """
     logits = rows_of(logits)
     batch, rows, vocab_size = logits.shape
     assert count <= vocab_size, f"{count} children out of a vocabulary of {vocab_size}"
@@ -344,7 +348,11 @@ def rank_sampled_triton(
     repetition_penalty: Tensor, seen: Tensor, path_tokens: Tensor, count: int, draft_temperature: float = 1.0,
     d2t: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Four launches: the paths laid out, cut-offs (at once where no filter is on), then as greedy, noise fused in."""
+    """Four launches: the paths laid out, cut-offs (at once where no filter is on), then as greedy, noise fused in.
+
+    The 10 best of 128256 ids without filters: 10 rows in 30 us, 640 in 270 us. With top-k, top-p and a penalty 10 rows
+    take 2.3 ms, since one program searches a row (the reference: 1.3 ms). H100 80GB SXM, triton 3.6, 2026-11-21.
+    """
     logits = rows_of(logits)
     batch, rows, vocab_size = logits.shape
     assert count <= vocab_size, f"{count} children out of a vocabulary of {vocab_size}"

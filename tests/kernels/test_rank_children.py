@@ -193,6 +193,13 @@ def check_children(case: Case, tokens: Tensor, log_probs: Tensor) -> None:
                 assert mine == expected or abs(mine - expected) < 1e-4, f"{place}: {mine}, not {expected}"
 
 
+def check_like_reference(case: Case, tokens: Tensor, log_probs: Tensor) -> None:
+    """For 16-bit logits: of equal scores at the edge of the nucleus transformers drops any, and we the lowest ids."""
+    expected, exact = rank_sampled(*case.arguments())
+    assert torch.allclose(log_probs, exact, rtol=0, atol=1e-4)
+    assert int(((tokens != expected) & (exact > NOTHING)).sum()) <= 2, "two neighbours may be swapped by rounding"
+
+
 request = st.tuples(
     st.sampled_from([0.0, 0.3, 1.0, 1.7]), st.sampled_from([0, 0, 1, 5, 40, 100000]),
     st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.1]), st.sampled_from([0.0, 0.0, 0.05, 0.5]),
@@ -358,7 +365,7 @@ def test_sampled_on_the_gpu(cuda, dtype, options, vocab_size, is_mapped):
     case = make_case(10, 3, 4, vocab_size, [options] * 2, count=10, is_mapped=is_mapped)
     case = replace(case, logits=case.logits.to(dtype))
     on_gpu = [x.to(cuda) if isinstance(x, Tensor) else x for x in case.arguments()]
-    check_children(case, *(x.cpu() for x in torch.ops.autospec_triton.rank_sampled(*on_gpu)))
+    check_like_reference(case, *(x.cpu() for x in torch.ops.autospec_triton.rank_sampled(*on_gpu)))
     first = torch.ops.autospec_triton.choose_tokens(
         on_gpu[0], torch.zeros(2, 3, dtype=torch.int64, device=cuda),
         torch.full((2, 3), -1, dtype=torch.int32, device=cuda), on_gpu[1].int() - 1, *on_gpu[2:7],

@@ -24,7 +24,7 @@ from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, deviation, measure, time_graph
 
 
-def target_ids(draft_vocab: int, d2t: Tensor | None, device: torch.device) -> Tensor:
+def mapped_ids(draft_vocab: int, d2t: Tensor | None, device: torch.device) -> Tensor:
     """[Vd] int64: the target's id of every draft id."""
     ids = torch.arange(draft_vocab, device=device)
     return ids if d2t is None else ids + d2t
@@ -44,7 +44,7 @@ def best_children(ranked: Tensor, z: Tensor, count: int, d2t: Tensor | None) -> 
     best = vocab_size - 1 - (keys & 0xFFFFFFFF)
     log_probs = z.gather(2, best) - z.logsumexp(-1, keepdim=True)
     log_probs = torch.where(log_probs.isnan(), float("-inf"), log_probs).clamp(max=0.0)
-    return target_ids(vocab_size, d2t, ranked.device)[best], log_probs
+    return mapped_ids(vocab_size, d2t, ranked.device)[best], log_probs
 
 
 @kernel_op()
@@ -69,7 +69,7 @@ def rank_sampled(
     -> tokens [B, R, count] int64 (target ids), log_probs [B, R, count] float32.
     """
     batch, rows, draft_vocab = logits.shape
-    targets = target_ids(draft_vocab, d2t, logits.device)
+    targets = mapped_ids(draft_vocab, d2t, logits.device)
     on_path = torch.zeros(batch, rows, seen.shape[1], dtype=torch.int32, device=logits.device)
     on_path = on_path.scatter_add(2, path_tokens.clamp(min=0), (path_tokens >= 0).to(torch.int32))
     repeated = (seen[:, None, :] | (on_path > 0))[..., targets]

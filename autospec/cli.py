@@ -6,6 +6,7 @@ Errors that a user can cause exit with status 2 and say what to do.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _verb(verbs, "passes", _passes, "list the passes and their options", "autospec passes")
 
+    _train_arguments(verbs)
+
     zoo = verbs.add_parser("zoo", help="try every causal-LM type that transformers knows", add_help=False)
     zoo.set_defaults(run=_zoo)
     zoo.add_argument("rest", nargs=argparse.REMAINDER)
@@ -79,24 +82,41 @@ def _verb(verbs: Any, name: str, run: Any, help_text: str, example: str) -> argp
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="path or hub id of a causal LM; bundled:target is the demo model")
     parser.add_argument(
-        "--speculation", default="auto", help="auto, ngram, none, or draft:MODEL for an external draft model (default auto)"
+        "--speculation", default="auto",
+        help="auto, ngram, none, draft:MODEL for an external draft model, eagle3:HEAD or medusa:HEAD (default auto)",
     )
-    parser.add_argument("--max-draft-len", type=int, default=None, help="draft tokens per step")
+    parser.add_argument("--max-draft-len", type=int, default=None, help="draft tokens per step, or levels of a tree")
+    parser.add_argument("--eagle-choices", type=json.loads, default=None, metavar="JSON",
+                        help="a static draft tree as paths of child ranks, such as [[0],[1],[0,0]]")  # fmt: skip
+    parser.add_argument("--dynamic-tree-max-topk", type=int, default=None, metavar="K", help="grow a dynamic draft tree")
+    parser.add_argument("--max-total-draft-tokens", type=int, default=None, metavar="M", help="nodes of a dynamic tree")
     parser.add_argument("--compile", default="inductor", choices=("inductor", "eager"))
 
 
+def _train_arguments(verbs: Any) -> None:
+    from autospec.training.arguments import add_arguments
+
+    train = verbs.add_parser("train", help="train a draft head for a model on your own text", allow_abbrev=False)
+    for kind, parser in add_arguments(train).items():
+        parser.set_defaults(run=_train, kind=kind)
+
+
 def _speculation(asked: argparse.Namespace) -> Any:
-    from autospec.config import DraftTargetConfig, NGramConfig
+    from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, NGramConfig
     from autospec.model_zoo.bundled import resolve
 
-    length = {} if asked.max_draft_len is None else {"max_draft_len": asked.max_draft_len}
-    if asked.speculation == "ngram":
-        return NGramConfig(**length)
-    if asked.speculation.startswith("draft:"):
-        return DraftTargetConfig(resolve(asked.speculation.removeprefix("draft:")), **length)
-    if length:
-        raise OptionError(f"--max-draft-len needs a drafter, not '{asked.speculation}'", at="--max-draft-len",
-                          help="add --speculation ngram or draft:MODEL")  # fmt: skip
+    names = ("max_draft_len", "eagle_choices", "dynamic_tree_max_topk", "max_total_draft_tokens")
+    given: dict[str, Any] = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+    kind, _, source = asked.speculation.partition(":")
+    ranking = {"draft": DraftTargetConfig, "eagle3": Eagle3Config, "medusa": MedusaConfig}
+    if kind in ranking and source:
+        return ranking[kind](resolve(source), **given)
+    if asked.speculation == "ngram" and set(given) <= {"max_draft_len"}:
+        return NGramConfig(**given)
+    if given:
+        option = "--" + next(name for name in given if name != "max_draft_len" or len(given) == 1).replace("_", "-")
+        raise OptionError(f"{option} needs a drafter that takes it, not '{asked.speculation}'", at=option,
+                          help="add --speculation draft:MODEL, eagle3:HEAD or medusa:HEAD")  # fmt: skip
     return None if asked.speculation == "none" else asked.speculation
 
 
@@ -154,6 +174,18 @@ def _demo(asked: argparse.Namespace) -> int:
         new_tokens=asked.new_tokens, num_prompts=asked.prompts, repeats=asked.repeats, compile=asked.compile,
         device=asked.device, picture=asked.picture,
     )  # fmt: skip
+
+
+def _train(asked: argparse.Namespace) -> int:
+    from autospec.training.arguments import options_of
+    from autospec.training.train import train
+
+    record = train(asked.kind, options_of(asked))
+    agreement = " ".join(f"{100 * share:.0f}" for share in record["agreement"])
+    print(f"{record['measured_on']}: loss {record['loss']:.3f}, agreement {agreement} %, "
+          f"acceptance length of a chain {record['acceptance_length']:.2f}")  # fmt: skip
+    print(f"wrote {asked.out}: the head, training.json and training.png")
+    return 0
 
 
 def _zoo(asked: argparse.Namespace) -> int:

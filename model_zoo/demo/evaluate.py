@@ -5,12 +5,19 @@ itself this decides speed exactly: after an accepted prefix the draft has seen t
 drafts is accepted up to the first disagreement.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from autospec.heads.eagle3 import Eagle3Head
+from autospec.heads.medusa import MedusaHeads
+from autospec.training.features import Target, default_taps
+
+from .drafting import TREE, Tree, Walk, accepted_lengths, medusa_accepted_lengths, walk
 
 CHAIN = 4  # drafts per step in the simulated chain
 LOOP = 16  # tokens that must recur for a continuation to count as looping from there on
@@ -113,3 +120,60 @@ def evaluate(
         "held_out_agreement": round(agreement or 0.0, 4),
         "own_text": own_text_agreement(target, draft, cuts, context // 4),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Greedy continuations of held-out text, on which heads are judged by drafting them.
+
+    Args:
+        tokens: [R, S] prompts and what the target wrote after them.
+        starts: [P] row t of each position: token t + 1 is a root, and a step emits what follows it.
+        stops: per kind of count the position [R] from which on steps do not count.
+    """
+
+    target: LlamaForCausalLM
+    tokens: Tensor
+    taps: Tensor
+    hidden: Tensor
+    starts: Tensor
+    stops: dict[str, Tensor]
+
+    @staticmethod
+    @torch.no_grad()
+    def of(
+        target: LlamaForCausalLM, stream: Tensor, requests: int, prompt_tokens: int, new_tokens: int, shift: float = 0.0
+    ) -> "HeldOut":
+        """Cuts at even distances of the stream; `shift` moves them by that share of the distance."""
+        distance = (len(stream) - prompt_tokens) / requests
+        cuts = [int((i + 0.5 * shift + 0.25) * distance) for i in range(requests)]
+        prompts = torch.stack([stream[i : i + prompt_tokens] for i in cuts]).long().to(target.device)
+        room = TREE.levels + 1  # a step may emit that many tokens past the last root
+        tokens = generate(target, prompts, new_tokens + room)
+        target_of = Target(target, default_taps(target.config.num_hidden_layers))
+        features = [target_of(part) for part in tokens.split(32)]
+        target_of.close()
+        written = tokens[:, prompt_tokens:].tolist()
+        ends = [row.index(0) if 0 in row else new_tokens for row in written]
+        loops = [min(end, loop_start(row) - 1) for end, row in zip(ends, written, strict=True)]
+        first = prompt_tokens - 1
+        return HeldOut(
+            target=target,
+            tokens=tokens,
+            taps=torch.cat([part.taps for part in features]),
+            hidden=torch.cat([part.hidden for part in features]),
+            starts=torch.arange(first, first + new_tokens, device=tokens.device),
+            stops={"all": torch.tensor(ends), "outside_loops": torch.tensor(loops)},
+        )
+
+    def eagle3(self, head: Eagle3Head, tree: Tree, loops: str = "outside_loops", batch: int = 8) -> Walk:
+        """Draft with an EAGLE-3 head."""
+        parts = zip(self.tokens.split(batch), self.taps.split(batch), strict=True)
+        lengths = torch.cat([accepted_lengths(head, tokens, taps, self.starts, tree) for tokens, taps in parts])
+        return walk(lengths, self.stops[loops], tree.levels)
+
+    def medusa(self, heads: MedusaHeads, loops: str = "outside_loops") -> Walk:
+        """Draft a chain with Medusa heads."""
+        parts = zip(self.tokens.split(64), self.hidden.split(64), strict=True)
+        lengths = torch.cat([medusa_accepted_lengths(heads, tokens, hidden, self.starts) for tokens, hidden in parts])
+        return walk(lengths, self.stops[loops], heads.num_heads)

@@ -68,3 +68,62 @@ SMOKE = Recipe(
     written_tokens=64,
     eval_prompts=4,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsRecipe:
+    """Everything that decides the draft heads, besides the target and the installed packages."""
+
+    seed: int = 0
+    max_files: int | None = None
+    # EAGLE-3
+    draft_vocab_size: int = 3072
+    intermediate_size: int = 1024
+    num_kv_heads: int = 8
+    unrolled_steps: int = 8
+    decay: float = 0.8
+    hard: float = 0.0  # of the cross-entropy to the target's greedy token; the rest is to its distribution
+    learning_rate: float = 2e-3
+    steps: int = 5000
+    # Medusa: the blocks alone, before the target's own lm_head
+    medusa_heads: int = 4
+    medusa_layers: int = 2
+    medusa_steps: int = 2500
+    # Data: each batch has rows of training text and rows that the target wrote after a cut of training text
+    text_length: int = 1024
+    text_rows: int = 5000
+    text_batch: int = 4
+    written_length: int = 160
+    written_prompts: tuple[int, ...] = (32, 48, 64, 64, 96)  # tokens of the cut; the target fills the row
+    written_rows: int = 90_000
+    written_batch: int = 224
+    generate_batch: int = 9000
+    sampled_share: float = 0.2  # of the written rows: at temperature 1, the others greedily
+    prompt_weight: float = 0.25  # of the cut, and of what repeats itself
+    eval_every: int = 500
+    # Evaluation: the target continues cuts of held-out text, greedily
+    eval_prompts: int = 256
+    eval_prompt_tokens: int = 64
+    eval_new_tokens: int = 128
+
+
+HEADS_SMOKE = HeadsRecipe(
+    max_files=60,
+    draft_vocab_size=1024,
+    intermediate_size=256,
+    num_kv_heads=2,
+    steps=12,
+    medusa_steps=6,
+    text_length=128,
+    text_rows=32,
+    text_batch=2,
+    written_length=64,
+    written_prompts=(16, 24),
+    written_rows=32,
+    written_batch=4,
+    generate_batch=16,
+    eval_every=6,
+    eval_prompts=6,
+    eval_prompt_tokens=32,
+    eval_new_tokens=32,
+)

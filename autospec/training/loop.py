@@ -239,6 +239,7 @@ class Trainer:
             groups, lr=schedule.learning_rate, betas=(0.9, 0.95), fused=self.device.type == "cuda"
         )
         self.history = History()
+        self.recent = torch.zeros((), device=self.device)  # what was measured since the last point of the curve
         self.recorded: dict[tuple[int, ...], Recorded] = {}
         self.step, self.steps = 0, max(41, schedule.steps) if minutes else schedule.steps
         self.best: dict[str, Tensor] = {}
@@ -252,18 +253,17 @@ class Trainer:
     def fit(self, title: str = "train") -> History:
         """All steps that are left."""
         start = time.perf_counter() - self.history.seconds
-        recent: list[Tensor] = []
         mark = 0.0
         bar = tqdm(initial=self.step, total=self.steps, desc=title, mininterval=1.0)
         while self.step < self.steps:
-            recent.append(self.optimize())
+            self.recent = self.recent + self.optimize()
             self.step += 1
             bar.update()
             if self.minutes and self.step in (10, 40):
                 mark = self._pace(mark, start, bar)
             if self.step % max(1, self.schedule.eval_every // 5) == 0 or self.step == self.steps:
-                self.history.train.append(self._point(torch.stack(recent).sum(0)))
-                recent.clear()
+                self.history.train.append(self._point(self.recent))
+                self.recent = torch.zeros((), device=self.device)
                 bar.set_postfix_str(_line(self.history.train[-1]))
             if self._due(self.schedule.eval_every) or self.step == self.steps:
                 self.evaluate()
@@ -368,7 +368,7 @@ class Trainer:
         state = {
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(), "step": self.step, "steps": self.steps, "best": self.best,
-            "history": asdict(self.history), "settings": self.settings,
+            "history": asdict(self.history), "recent": self.recent, "settings": self.settings,
         }  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, self.folder / f"{CHECKPOINT}.new")
@@ -395,7 +395,7 @@ class Trainer:
         self._load(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.steps, self.best = state["step"], state["steps"], state["best"]
-        self.history = History(**state["history"])
+        self.history, self.recent = History(**state["history"]), state["recent"]
 
 
 def _line(point: tuple[int, float, list[float], float]) -> str:

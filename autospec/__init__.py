@@ -14,13 +14,14 @@ __version__ = "0.1.0"
 _HOME = {
     "optimize": "api", "OptimizedModel": "api",
     "NGramConfig": "config", "DraftTargetConfig": "config", "AutoConfig": "config",
+    "Eagle3Config": "config", "MedusaConfig": "config",
     "AutospecError": "errors", "CaptureError": "errors", "OptionError": "errors", "CapacityError": "errors",
     "CheckpointError": "errors", "LoweringError": "errors",
 }  # fmt: skip
 
 if TYPE_CHECKING:
     from autospec.api import OptimizedModel, optimize
-    from autospec.config import AutoConfig, DraftTargetConfig, NGramConfig
+    from autospec.config import AutoConfig, DraftTargetConfig, Eagle3Config, MedusaConfig, NGramConfig
     from autospec.errors import (
         AutospecError,
         CapacityError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoConfig", "AutospecError", "CapacityError", "CaptureError", "CheckpointError", "DraftTargetConfig",
-    "LoweringError", "NGramConfig", "OptimizedModel", "OptionError", "optimize",
+    "Eagle3Config", "LoweringError", "MedusaConfig", "NGramConfig", "OptimizedModel", "OptionError", "optimize",
 ]  # fmt: skip
 
 

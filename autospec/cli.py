@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _train_arguments(verbs)
 
+    check = verbs.add_parser("check-draft", help="what a draft head's files say, and how often it agrees", add_help=False)
+    check.set_defaults(run=_check_draft)
+    check.add_argument("rest", nargs=argparse.REMAINDER)
     zoo = verbs.add_parser("zoo", help="try every causal-LM type that transformers knows", add_help=False)
     zoo.set_defaults(run=_zoo)
     zoo.add_argument("rest", nargs=argparse.REMAINDER)
@@ -186,6 +189,12 @@ def _train(asked: argparse.Namespace) -> int:
           f"acceptance length of a chain {record['acceptance_length']:.2f}")  # fmt: skip
     print(f"wrote {asked.out}: the head, training.json and training.png")
     return 0
+
+
+def _check_draft(asked: argparse.Namespace) -> int:
+    from autospec.check_draft import run
+
+    return run(asked.rest)
 
 
 def _zoo(asked: argparse.Namespace) -> int:

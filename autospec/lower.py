@@ -44,7 +44,7 @@ def lower(module: fx.GraphModule, name: str, how: str) -> Graph:
     start = time.perf_counter()
     inline_references(module)
     call = compile_with_inductor(module)
-    return Graph(name, declared, call, module, time.perf_counter() - start)
+    return Graph(name, declared, call, module, time.perf_counter() - start, is_compiled=True)
 
 
 def inline_references(module: fx.GraphModule) -> int:

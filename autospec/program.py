@@ -121,6 +121,7 @@ class Graph:
     call: Callable[..., object]
     module: fx.GraphModule | None = None
     seconds_to_compile: float = 0.0
+    is_compiled: bool = False
 
 
 @dataclass

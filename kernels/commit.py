@@ -31,9 +31,9 @@ def last_rows(hidden: Tensor, q_lens: Tensor) -> Tensor:
 
 
 @kernel_op()
-def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """rows [B, N, ...], index [B, R] int (negative: row 0) -> [B, R, ...]: the named rows of each request."""
-    return rows[torch.arange(rows.shape[0], device=rows.device)[:, None], index.long().clamp(min=0)]
+def gather_rows(hidden: Tensor, nodes: Tensor) -> Tensor:
+    """hidden [B, N, ...], nodes [B, R] int (negative: row 0) -> [B, R, ...]: the named rows of each request."""
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device)[:, None], nodes.long().clamp(min=0)]
 
 
 @kernel_op()
@@ -138,18 +138,19 @@ def chain_draft(tokens: Tensor, kv_lens: Tensor, limits: Tensor, drafts: Tensor)
 
 @kernel_op()
 def static_draft(
-    tokens: Tensor, kv_lens: Tensor, limits: Tensor, drafts: Tensor, log_probs: Tensor, links: Tensor, depth: Tensor
+    tokens: Tensor, kv_lens: Tensor, limits: Tensor, drafts: Tensor, log_probs: Tensor, node_parents: Tensor,
+    node_depth: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The root and the nodes of a static tree: draft_tokens [B, M+1] int64, tree_parents [B, M+1] int32.
 
     tokens [B, T], the root at kv_lens [B] int32; drafts [B, M] int64, log_probs [B, M] float32 of nodes 1 ... M;
-    links, depth [M+1] int32: parents and depths of all nodes. Nodes at or past limits [B] int32, and those that the
+    node_parents, node_depth [M+1] int32, of all nodes. Nodes at or past limits [B] int32, and those that the
     draft cannot take (-inf), are absent.
     """
     root = tokens.gather(1, kv_lens.long()[:, None])
     possible = torch.nn.functional.pad(log_probs > float("-inf"), (1, 0), value=True)
-    present = (kv_lens[:, None] + depth[None, :] < limits[:, None]) & possible
-    return torch.cat([root, drafts], 1), torch.where(present, links[None, :], -1)
+    present = (kv_lens[:, None] + node_depth[None, :] < limits[:, None]) & possible
+    return torch.cat([root, drafts], 1), torch.where(present, node_parents[None, :], -1)
 
 
 @kernel_op(mutates=("rank_counts",))

@@ -38,10 +38,13 @@ def best_children(ranked: Tensor, z: Tensor, count: int, d2t: Tensor | None) -> 
     vocab_size = ranked.shape[-1]
     ids = torch.arange(vocab_size, device=ranked.device)
     ranked = torch.where(ranked.isnan(), float("-inf"), torch.where(ranked == 0.0, 0.0, ranked))
-    bits = ranked.view(torch.int32)
-    above = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    keys = torch.topk((above << 32) + (vocab_size - 1 - ids), count, dim=-1)[0]
-    best = vocab_size - 1 - (keys & 0xFFFFFFFF)
+    if count == 1:
+        best = ranked.argmax(-1, keepdim=True)  # which does promise the lowest id
+    else:
+        bits = ranked.view(torch.int32)
+        above = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+        keys = torch.topk((above << 32) + (vocab_size - 1 - ids), count, dim=-1)[0]
+        best = vocab_size - 1 - (keys & 0xFFFFFFFF)
     log_probs = z.gather(2, best) - z.logsumexp(-1, keepdim=True)
     log_probs = torch.where(log_probs.isnan(), float("-inf"), log_probs).clamp(max=0.0)
     return mapped_ids(vocab_size, d2t, ranked.device)[best], log_probs

@@ -42,3 +42,11 @@ def seed() -> int:
     torch.manual_seed(value)
     random.seed(value)
     return value
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The GPU; tests that ask for it carry the mark `cuda`."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return torch.device("cuda")

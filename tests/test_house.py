@@ -30,7 +30,8 @@ FLOORS = {
     "autospec.api": 6, "autospec.report": 6, "autospec.cli": 6,
     "autospec.bench": 6, "autospec.bench_kernels": 6, "autospec.demo": 6,
     "autospec.zoo": 6, "autospec.tiny_models": 6, "autospec.check_draft": 6,
-    "autospec.training": 6, "autospec.model_zoo.demo.evaluate": 6, "autospec.model_zoo.demo.train": 6, "autospec.model_zoo.demo.train_heads": 6,
+    "autospec.training": 6, "autospec.model_zoo.demo.evaluate": 6,
+    "autospec.model_zoo.demo.train": 6, "autospec.model_zoo.demo.train_heads": 6,
 }  # fmt: skip
 
 RUNTIME_MAY_IMPORT = (

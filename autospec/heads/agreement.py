@@ -158,7 +158,7 @@ def _unroll(
     ids, rows = input_ids.to(weight.device), input_ids.shape[1] - 1
     taps = torch.cat([states[tap][:, :rows].to(weight.device, weight.dtype) for tap in tap_after], dim=-1)
     hidden, positions = head.fuse(taps), torch.arange(rows, device=weight.device)[None]
-    tokens_of, before, head.attend = head.draft_ids(), head.attend, _Chains().attend
+    tokens_of, before, head.attend = head.vocabulary(), head.attend, _Chains().attend
     try:
         for step in range(num_steps):
             fed = nn.functional.pad(ids[:, 1 + step :], (0, step))  # rows at the end have no token; nothing compares them

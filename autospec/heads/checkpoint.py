@@ -432,7 +432,7 @@ def save_head(head: Eagle3Head | MedusaHeads, folder: str | Path, layout: str | 
     tensors = {_theirs(name, form): value for name, value in head.own_state().items()}
     tensors["lm_head.weight"] = head.lm_head.weight  # a lent one, too: readers without it would draw it at random
     if head.d2t is not None:
-        tensors["d2t"], tensors["t2d"] = head.d2t, t2d_of(head.draft_ids(), head.spec.layer.vocab_size)
+        tensors["d2t"], tensors["t2d"] = head.d2t, t2d_of(head.vocabulary(), head.spec.layer.vocab_size)
     write_head(folder, _config(head.spec, form, head.lm_head.weight.dtype), tensors, form.weights[0])
 
 

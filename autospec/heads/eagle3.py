@@ -167,7 +167,7 @@ class Eagle3Head(nn.Module):
         normed = self.norm(hidden)
         return self.lm_head(normed), normed if self.spec.norm_output else hidden
 
-    def draft_ids(self) -> Tensor:
+    def vocabulary(self) -> Tensor:
         """Target ids of the draft vocabulary, [draft_vocab] int64."""
         ids = torch.arange(self.spec.draft_vocab_size, device=self.lm_head.weight.device)
         return ids if self.d2t is None else ids + self.d2t

@@ -12,6 +12,7 @@ from autospec.errors import CapacityError
 from autospec.program import SCRATCH_PAGES, Program
 from autospec.runtime.metrics import Metrics
 from autospec.runtime.policy import DraftLengthPolicy
+from autospec.runtime.replay import as_cuda_graph
 from autospec.runtime.request import Request
 
 Emit = Callable[[int, list[int]], None]  # number of the request in the call, its new tokens
@@ -25,8 +26,13 @@ class Session:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.state = program.new_state()
-        self.prefill = program.bind("prefill", self.state)
-        self.steps = {length: program.bind(f"step_{length}", self.state) for length in program.draft_lens()}
+        bound = {name: program.bind(name, self.state) for name in program.graphs}
+        if program.facts.device.type == "cuda" and all(graph.is_compiled for graph in program.graphs.values()):
+            # Fresh state is at rest: every row is finished and owns no page.
+            pool = torch.cuda.graph_pool_handle()
+            bound = {name: as_cuda_graph(run, program.facts.device, pool) for name, run in bound.items()}
+        self.prefill = bound["prefill"]
+        self.steps = {length: bound[f"step_{length}"] for length in program.draft_lens()}
         self._seconds: dict[int, float] | None = None
 
     def run(

@@ -130,7 +130,7 @@ def new_head(target: Target, shape: Eagle3Shape, d2t: Tensor | None) -> Eagle3He
         head.fc.weight[:, -hidden:] += torch.eye(hidden, device=target.device)
         weight = target.lm_head.weight
         if weight.shape[-1] == hidden:
-            head.lm_head.weight.copy_(weight[head.draft_ids().to(weight.device)])
+            head.lm_head.weight.copy_(weight[head.vocabulary().to(weight.device)])
         norm = final_norm(target.model, hidden)
         if norm is not None:
             head.norm.weight.copy_(norm)
@@ -201,7 +201,7 @@ class Eagle3Loss(Loss):
         """-> the loss summed over the counted positions, [3, steps]: summed losses, agreements and right prefixes."""
         logits = features.logits.float()
         best = logits.argmax(-1)
-        ids = self.eagle3.draft_ids()
+        ids = self.eagle3.vocabulary()
         goals = (logits[..., ids] - logits.logsumexp(-1, keepdim=True)).exp()
         rows = tokens.shape[1] - self.steps
         counted = weights[:, 1 : 1 + rows]

@@ -80,7 +80,7 @@ def proposals(head: Eagle3Head, logits: Tensor, width: int) -> tuple[Tensor, Ten
     by_index = order.argsort(dim=-1)  # topk promises no order among equals
     values, order = values.gather(-1, by_index), order.gather(-1, by_index)
     values, place = best(values, width)
-    return values, head.draft_ids()[order.gather(-1, place)]
+    return values, head.vocabulary()[order.gather(-1, place)]
 
 
 @torch.no_grad()

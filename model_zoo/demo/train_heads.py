@@ -176,7 +176,7 @@ def train_eagle3(
     history = trainer.fit("eagle3")
     target.close()
     save_head(bf16(head), out / "eagle3")
-    ids = head.draft_ids().cpu()
+    ids = head.vocabulary().cpu()
     return describe(head, history) | {"draft_vocabulary_covers": round(float(counts[ids].sum() / counts.sum()), 4)}
 
 

@@ -138,7 +138,7 @@ def test_every_step_sees_what_a_chain_sees(target: Any, text: Tensor, raw: Calla
             for step in range(steps):
                 rows = t + 1 + step
                 logits, recycled = head(text[:, 1 : 1 + rows], hidden, torch.arange(rows)[None])
-                best = head.draft_ids()[logits[0, -1].topk(top_k).indices]
+                best = head.vocabulary()[logits[0, -1].topk(top_k).indices]
                 assert torch.equal(ranked[step][t], best), (t, step)
                 hidden = torch.cat([hidden, recycled[:, -1:]], dim=1)
                 compared += 1

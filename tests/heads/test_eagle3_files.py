@@ -148,7 +148,7 @@ def draft(head: Eagle3Head, tokens: list[int], hidden_states: list[Tensor]) -> t
     while True:
         positions = torch.arange(len(fed))[None]
         logits, recycled = head(torch.tensor([fed]), hidden, positions)
-        drafted.append(int(head.draft_ids()[logits[0, -1].argmax()]))
+        drafted.append(int(head.vocabulary()[logits[0, -1].argmax()]))
         if len(drafted) > PASSES:
             return logits[0], drafted
         fed.append(drafted[-1])
@@ -205,7 +205,7 @@ def test_what_is_saved_loads_as_it_was(name: str, raw: Callable[..., Any], tmp_p
         ours, theirs = head.own_state(), again.own_state()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-        assert torch.equal(again.draft_ids(), head.draft_ids())
+        assert torch.equal(again.vocabulary(), head.vocabulary())
         assert agree(written, again)
 
 
@@ -391,7 +391,7 @@ def test_taps_in_another_order_are_seen(raw: Callable[..., Any], tmp_path: Path)
 def test_d2t_as_absolute_ids_is_seen(raw: Callable[..., Any], tmp_path: Path) -> None:
     written = raw("specforge")
     head = load(written.write(tmp_path / "right"), written)
-    head.d2t = head.draft_ids()
+    head.d2t = head.vocabulary()
     assert not agree(written, head)
     written.tensors["d2t"] = written.tensors["d2t"] + torch.arange(len(written.tensors["d2t"]))
     with pytest.raises(CheckpointError, match=r"out of range|not injective|different target tokens"):

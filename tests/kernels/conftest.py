@@ -79,11 +79,3 @@ def _random_parents(generator: torch.Generator, batch: int, q_len: int, absent: 
 def random_parents() -> Callable[..., Tensor]:
     """random_parents(generator, batch, q_len, absent=0.1): tree_parents int32, some nodes absent."""
     return _random_parents
-
-
-@pytest.fixture(scope="session")
-def cuda() -> torch.device:
-    """The GPU; tests that ask for it carry the mark `cuda`."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    return torch.device("cuda")

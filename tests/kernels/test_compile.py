@@ -81,6 +81,17 @@ LAUNCHES = {
     "pick_in_blocks": ("choose_tokens", "choose_tokens_triton", lambda: (
         torch.zeros(2, 3, 5000).bfloat16(), ints(2, 8, dtype=LONG), ints(2, 8), ints(2), ints(2, dtype=LONG),
         torch.ones(2), ints(2), torch.ones(2), torch.zeros(2), torch.ones(2), torch.zeros(2, 5000).bool(), 1)),
+    "rank_candidates": ("grow_frontier", "grow_frontier_triton", lambda: (
+        ints(2, 10, 10, dtype=LONG), torch.zeros(2, 10, 10), torch.zeros(2, 10), ints(2, 10), ints(2, 10, 3), ints(2), ints(2),
+        3, 10)),
+    "select_best": ("build_dynamic_tree", "build_dynamic_tree_triton", lambda: (
+        ints(2, dtype=LONG), ints(2, 710, dtype=LONG), torch.zeros(2, 710), ints(2, 710), 60)),
+    "pick_greedy": ("rank_children", "rank_greedy_triton", lambda: (
+        torch.zeros(2, 10, 5000).bfloat16(), 10, 1.0, ints(5000, dtype=LONG))),
+    "pick_sampled": ("rank_children", "rank_sampled_triton", lambda: (
+        torch.zeros(2, 10, 5000).bfloat16(), ints(2, dtype=LONG), ints(2, dtype=LONG), torch.ones(2), ints(2), torch.ones(2),
+        torch.zeros(2), torch.ones(2), torch.zeros(2, 9000).bool(), ints(2, 10, 4, dtype=LONG), 10, 1.0,
+        ints(5000, dtype=LONG))),
 }
 
 

@@ -56,6 +56,16 @@ ARGUMENTS = {
     "softcap": lambda: 5.0,
     "alibi_slopes": lambda: torch.linspace(0.1, 0.5, HQ),
     "max_draft_len": lambda: L, "max_matching_ngram_size": lambda: 3, "is_use_oldest": lambda: False,
+    "index": lambda: torch.tensor([7, 3]), "path_tokens": lambda: integers(V, B, N, 2), "draft_temperature": lambda: 0.9,
+    "d2t": lambda: torch.arange(V).flip(0) - torch.arange(V), "child_tokens": lambda: integers(V, B, 3, 3),
+    "child_log_probs": lambda: -torch.rand(B, 3, 3), "parent_scores": lambda: -torch.rand(B, 3),
+    "parent_history": lambda: integers(3, B, 3, dtype=torch.int32),
+    "parent_mask": lambda: torch.ones(B, 3, 1, dtype=torch.int32), "level": lambda: 1, "root_token": lambda: integers(V, B),
+    "scores": lambda: -torch.rand(B, T), "max_total_draft_tokens": lambda: 6,
+    "parents": lambda: torch.arange(-1, T - 1, dtype=torch.int32).expand(B, -1).contiguous(),
+    "nodes": lambda: integers(N, B, 3, dtype=torch.int32), "is_new": lambda: torch.tensor([True, False]),
+    "log_probs": lambda: -torch.rand(B, L), "node_parents": lambda: torch.tensor([-1, 0, 0], dtype=torch.int32),
+    "node_depth": lambda: torch.tensor([0, 1, 1], dtype=torch.int32), "rank_counts": lambda: integers(9, 4),
     "max_position": lambda: 30, "q_len": lambda: N, "count": lambda: 3, "first_node": lambda: 0,
 }
 # Where an op's layout is another: attention comes as captured, heads before tokens; a prefill chunk chooses one token.

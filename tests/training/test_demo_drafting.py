@@ -42,7 +42,7 @@ def learned_head(target: Target, tokens: Tensor) -> Eagle3Head:
 def tree_by_hand(head: Eagle3Head, tokens: Tensor, taps: Tensor, start: int, tree: Tree) -> int:
     """One request's dynamic tree, node by node, each path re-fed over a cache of its own; then walked."""
     fused = head.fuse(taps)
-    ids = head.draft_ids()
+    ids = head.vocabulary()
 
     def run(path: list[int]) -> Tensor:
         caches: dict[int, Any] = {}
@@ -73,7 +73,7 @@ def test_a_chain_of_all_positions_is_the_chain_of_each(target: Target) -> None:
     taps = target(tokens).taps
     starts = torch.arange(3, 3 + 18)
     found = accepted_lengths(head, tokens, taps, starts, Tree(width=1, levels=5, nodes=5))
-    ids = head.draft_ids()
+    ids = head.vocabulary()
     for place, start in enumerate(starts.tolist()):
         levels = drafted(head, tokens, taps, start, lambda _, logits: ids[logits.argmax(-1)], 5)
         right = torch.stack([ids[x.argmax(-1)] == tokens[:, start + 2 + i] for i, x in enumerate(levels)], dim=-1)

@@ -175,7 +175,7 @@ def eagle_rows(ids: list[int], path: tuple[int, ...] = ()) -> tuple[Tensor, list
         finally:
             eagle.attend = plain
     known = torch.full((VOCAB,), float("-inf"))
-    known[eagle.draft_ids()] = logits[0, -1]
+    known[eagle.vocabulary()] = logits[0, -1]
     return known, rows
 
 

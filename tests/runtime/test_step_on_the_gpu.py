@@ -1,0 +1,63 @@
+"""A step never waits for the host, and replayed as a CUDA graph it emits what the uncompiled graphs do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from harness.models import tiny
+
+import autospec
+from autospec.api import OptimizedModel
+from autospec.heads.eagle3 import Eagle3Head, Eagle3Spec
+from autospec.heads.medusa import MedusaHeads
+
+CHOICES = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]
+TREES: dict[str, dict[str, Any]] = {
+    "chain": {"max_draft_len": 3},
+    "static": {"eagle_choices": CHOICES},
+    "dynamic": {"max_draft_len": 4, "dynamic_tree_max_topk": 4, "max_total_draft_tokens": 20},
+}
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _drafter(kind: str, target: Any, cuda: torch.device, tree: dict[str, Any]) -> Any:
+    if kind == "model":
+        return autospec.DraftTargetConfig(tiny("llama", 1, num_hidden_layers=1).to(cuda), **tree)
+    if kind == "medusa":
+        return autospec.MedusaConfig(MedusaHeads(32, 64, 4).to(cuda).eval(), **tree)
+    spec = Eagle3Spec(layer=target.config, draft_vocab_size=64, tap_after=(0, 0, 1), target_hidden_size=32)
+    head = Eagle3Head(spec, target.get_input_embeddings().weight).to(cuda)
+    return autospec.Eagle3Config(head.eval(), **tree)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compile", ["eager", "inductor"])
+@pytest.mark.parametrize(("kind", "tree"), [("model", "dynamic"), ("eagle", "dynamic"), ("eagle", "chain"),
+                                            ("model", "static"), ("medusa", "static")])  # fmt: skip
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_step_does_not_wait(cuda: torch.device, kind: str, tree: str, compile: str, do_sample: bool) -> None:
+    target = tiny("llama").to(cuda)
+    prompts = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0)).to(cuda)
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": do_sample, "seed": 5, "pad_token_id": 0}
+    expected = autospec.optimize(target, None, compile="eager").generate(prompts, **options)
+    fast: OptimizedModel = autospec.optimize(target, _drafter(kind, target, cuda, TREES[tree]), compile=compile)
+    assert torch.equal(fast.generate(prompts, **options), expected)
+    step = next(iter(fast.session.steps.values()))
+    torch.cuda.synchronize()
+    with no_waiting():
+        for _ in range(3):
+            step()
+        fast.session.prefill()
+    torch.cuda.synchronize()

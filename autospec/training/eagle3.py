@@ -150,11 +150,6 @@ def final_norm(model: Any, hidden: int) -> Tensor | None:
     return weight.detach().float()
 
 
-def cross_entropy(goal: Tensor, guess: Tensor) -> Tensor:
-    """goal [..., Vd] probabilities that need not sum to 1, guess [..., Vd] logits -> [...]."""
-    return -(goal * guess.float().log_softmax(-1)).sum(-1)
-
-
 class Eagle3Loss(Loss):
     """Soft cross-entropy of every unrolled step to the target's softmax, restricted to the draft vocabulary.
 
@@ -164,17 +159,12 @@ class Eagle3Loss(Loss):
     Args:
         steps: unrolled steps.
         decay: step i weighs decay ** i.
-        hard: share of cross-entropy to the target's own choice, where the draft vocabulary has it.
-        compile: fuse the cross-entropy, which moves the most memory.
     """
 
-    def __init__(
-        self, target: Target, head: Eagle3Head, *, steps: int = 7, decay: float = 0.8, hard: float = 0.0, compile: bool = False
-    ) -> None:
+    def __init__(self, target: Target, head: Eagle3Head, *, steps: int = 7, decay: float = 0.8) -> None:
         super().__init__()
-        self.cross_entropy = torch.compile(cross_entropy, dynamic=False) if compile else cross_entropy
         self.target, self.head, self.eagle3 = target, head, head
-        self.steps, self.hard = steps, hard
+        self.steps = steps
         self.weights = [decay**i / sum(decay**j for j in range(steps)) for i in range(steps)]
         self.attention = head.attend = UnrolledAttention()
 
@@ -208,10 +198,7 @@ class Eagle3Loss(Loss):
         losses, agreements, prefixes = [], [], []
         for i, guess in enumerate(self.unrolled(tokens, features.taps)):
             here = slice(1 + i, 1 + i + rows)
-            goal = goals[:, here]
-            if self.hard:
-                goal = (1 - self.hard) * goal + self.hard * (ids == best[:, here, None])
-            loss = self.cross_entropy(goal, guess)
+            loss = -(goals[:, here] * guess.float().log_softmax(-1)).sum(-1)
             agrees = (ids[guess.argmax(-1)] == best[:, here]).float()
             losses.append((loss * weights[:, here]).sum())
             agreements.append((agrees * weights[:, here]).sum())

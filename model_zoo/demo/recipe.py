@@ -82,8 +82,7 @@ class HeadsRecipe:
     num_kv_heads: int = 8
     unrolled_steps: int = 8
     decay: float = 0.8
-    hard: float = 0.0  # of the cross-entropy to the target's greedy token; the rest is to its distribution
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     steps: int = 5000
     # Medusa: the blocks alone, before the target's own lm_head
     medusa_heads: int = 4

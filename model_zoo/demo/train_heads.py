@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from autospec.heads.checkpoint import load_head, save_head
 from autospec.training.eagle3 import Eagle3Loss, Eagle3Shape, choose_draft_vocabulary, new_head
@@ -137,13 +136,6 @@ def schedule_of(recipe: HeadsRecipe, steps: int, device: str) -> Schedule:
     )  # fmt: skip
 
 
-def fuse_small_ops(head: Any) -> None:
-    """Compile the norms and the MLPs in place. A copy of the head is not compiled."""
-    for module in head.modules():
-        if isinstance(module, (LlamaMLP, LlamaRMSNorm)):
-            module.compile(dynamic=False)
-
-
 def bf16(head: Any) -> Any:
     """A bf16 copy, as it is saved."""
     return copy.deepcopy(head).bfloat16()
@@ -164,14 +156,12 @@ def train_eagle3(
     )
     torch.manual_seed(recipe.seed)
     head = new_head(target, shape, d2t)
-    loss = Eagle3Loss(
-        target, head, steps=recipe.unrolled_steps, decay=recipe.decay, hard=recipe.hard, compile=device == "cuda"
-    )
+    loss = Eagle3Loss(target, head, steps=recipe.unrolled_steps, decay=recipe.decay)
     if device == "cuda":
-        fuse_small_ops(head)
+        loss.compile(dynamic=False)
     trainer = Trainer(
         loss, head, sampler_of(recipe, data, device), schedule_of(recipe, recipe.steps, device),
-        score=lambda: held_out.eagle3(copy.deepcopy(head), CHAIN).acceptance_length, minutes=minutes,
+        score=lambda: held_out.eagle3(head, CHAIN).acceptance_length, minutes=minutes,
     )  # fmt: skip
     history = trainer.fit("eagle3")
     target.close()

@@ -24,7 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(vocab_size=VOCAB).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     (path / "text.txt").write_text(TEXT)
-    (path / "lines.jsonl").write_text("\n".join(json.dumps({"text": f"line {i} of the text, and some more of it"}) for i in range(20)))
+    lines = [json.dumps({"text": f"line {i} of the text, and some more of it"}) for i in range(20)]
+    (path / "lines.jsonl").write_text("\n".join(lines))
     return path
 
 

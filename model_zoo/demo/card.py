@@ -1,4 +1,6 @@
-"""Draw loss.png and write README.md, the model card, from training.json: every number in the card is a measured one.
+"""Draw the curves and write README.md, the model card: every number in it is a measured one.
+
+training.json has the two models, heads.json, where it is, their draft heads.
 
 python -m model_zoo.demo.card [folder]
 """
@@ -9,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 SAMPLES = 4
+TITLES = {"eagle3": "EAGLE-3", "medusa": "Medusa"}
+DRAFTS = {
+    "eagle3_tree": "EAGLE-3, dynamic tree: 59 nodes, 8 levels, top-k 10",
+    "eagle3_chain": "EAGLE-3, chain of 8",
+    "medusa_chain": "Medusa, chain",
+}
 TITLE = "A small Llama that writes Python, and its draft model"
 
 
@@ -49,6 +57,98 @@ def draw_losses(record: dict[str, Any], path: Path) -> None:
             axes.grid(alpha=0.2)
         figure.savefig(path, dpi=130)
         plt.close(figure)
+
+
+def draw_heads(record: dict[str, Any], path: Path) -> None:
+    """The heads' loss, agreement per draft token, and the acceptance length of a chain on held-out text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+        for name, colour in (("eagle3", "#2b6cb0"), ("medusa", "#dd6b20")):
+            if name not in record:
+                continue
+            history = record[name]
+            label = f"{TITLES[name]}, {history['parameters'] / 1e6:.2f}M"
+            left.plot([p[0] for p in history["train"]], [p[1] for p in history["train"]], color=colour, lw=2, label=label)
+            steps, lengths = zip(*history["scores"], strict=True)
+            right.plot(steps, lengths, color=colour, lw=2, marker="o", ms=4, label=label)
+            right.annotate(f"{lengths[-1]:.2f}", (steps[-1], lengths[-1]), xytext=(4, 0), textcoords="offset points",
+                           color=colour, va="center")  # fmt: skip
+            depths = len(history["train"][-1][2])
+            for depth in range(depths):
+                shares = [100 * p[2][depth] for p in history["train"]]
+                middle.plot([p[0] for p in history["train"]], shares, color=colour, lw=1.2, alpha=1 - 0.8 * depth / depths)
+        left.set(xlabel="steps", ylabel="loss (nats per token)")
+        left.legend(frameon=False, fontsize=9)
+        middle.set(xlabel="steps", ylabel="training tokens (%)")
+        middle.set_title("each draft token is the target's (paler: deeper)", fontsize=10)
+        right.set(xlabel="steps", ylabel="tokens per step", ylim=(1, None))
+        right.set_title("a chain drafted on held-out text", fontsize=10)
+        for axes in (left, middle, right):
+            axes.grid(alpha=0.2)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def acceptance_table(result: dict[str, Any]) -> str:
+    """Acceptance lengths and acceptance per depth of every kind of draft."""
+    lines = [
+        "| draft | tokens per step | with loops | accepted at depth 1, 2, ... (%) |",
+        "| --- | ---: | ---: | --- |",
+    ]
+    for key, title in DRAFTS.items():
+        if f"{key}_all" in result:
+            new, everything = result[f"{key}_outside_loops"], result[f"{key}_all"]
+            rates = " ".join(f"{100 * rate:.0f}" for rate in new["per_depth"])
+            lines.append(f"| {title} | {new['acceptance_length']:.2f} | {everything['acceptance_length']:.2f} | {rates} |")
+    return "\n".join(lines)
+
+
+def heads_text(record: dict[str, Any]) -> str:
+    """The card's section on the draft heads."""
+    result, recipe, where = (record[key] for key in ("evaluation", "recipe", "environment"))
+    eagle3, train = record["eagle3"], record["data"]["train"]
+    medusa = ""
+    if "medusa" in record:
+        medusa = f"""`medusa/` has {recipe["medusa_heads"]} Medusa heads of {recipe["medusa_layers"]} residual blocks,
+{record["medusa"]["parameters"] / 1e6:.2f}M parameters in all, before the target's own lm_head. A Medusa head does not
+see the tokens drafted before its own, and heads this small guess accordingly: they are here to be run, not for speed.
+"""
+    return f"""## Draft heads
+
+`eagle3/` is an EAGLE-3 head of {eagle3["parameters"] / 1e6:.2f}M parameters (draft vocabulary
+{recipe["draft_vocab_size"]:,} of 4,096, which covers {eagle3["draft_vocabulary_covers"]:.1%} of the training tokens;
+SwiGLU width {recipe["intermediate_size"]}; it reads the outputs of layers 1, 3 and 4 and shares the target's embeddings).
+{medusa}
+{acceptance_table(result)}
+
+Greedy decoding after {result["requests"]} cuts of {result["prompt_tokens"]} tokens of held-out packages,
+{recipe["eval_new_tokens"]} tokens each. *Tokens per step* is the mean acceptance length, bonus included, over the steps
+before the text repeats itself; *with loops* counts all steps. Drafted in plain PyTorch (`drafting.py`) with the bundled
+bf16 weights in float32.
+
+![heads](heads.png)
+
+```
+python -m model_zoo.demo.train_heads
+```
+
+EAGLE-3: training-time test of {recipe["unrolled_steps"]} steps weighted {recipe["decay"]}^i, soft cross-entropy to the
+target's softmax restricted to the draft vocabulary, AdamW, peak learning rate {recipe["learning_rate"]}, clip 0.5, bf16
+autocast; {eagle3["train"][-1][0]:,} steps, {eagle3["tokens"] / 1e6:,.0f} M tokens, {eagle3["seconds"] / 60:.1f} minutes
+on one {where["device"]} with torch {where["torch"]} and transformers {where["transformers"]}. Each step takes
+{recipe["text_batch"]} rows of {recipe["text_length"]} tokens of training text and {recipe["written_batch"]} rows of
+{recipe["written_length"]} that the target wrote after cuts of it ({recipe["written_rows"]:,} rows,
+{recipe["sampled_share"]:.0%} sampled at temperature 1, the others greedy; the cut itself and repetitions count
+{recipe["prompt_weight"]}). The checkpoint was chosen by drafting chains on {recipe["eval_prompts"] // 2} other cuts of the
+held-out text. The data are those of a machine like the target's: {train["files"]:,} files, {train["tokens"]:,} tokens,
+split by package in the same way. `heads.json` has the curves.
+
+"""
 
 
 def packages_table(split: dict[str, Any], rows: int) -> str:
@@ -96,7 +196,7 @@ def samples(prompts: list[dict[str, Any]], completions: list[str]) -> str:
     return "\n\n".join(parts)
 
 
-def card_text(record: dict[str, Any], prompts: list[dict[str, Any]]) -> str:
+def card_text(record: dict[str, Any], prompts: list[dict[str, Any]], heads: dict[str, Any] | None = None) -> str:
     """The card as Markdown."""
     data, result, where, recipe = (record[key] for key in ("data", "evaluation", "environment", "recipe"))
     train, held_out, own = data["train"], data["held_out"], result["own_text"]
@@ -183,7 +283,7 @@ Held out, by package: {held_out["bytes"] / 1e6:.2f} MB in {held_out["files"]} fi
 it are one token where they are common. `<|endoftext|>` (0) stands before each file and is bos and eos; `<|pad|>` (1) is
 only padding. The tokenizer adds no bos by itself.
 
-## What it writes
+{heads_text(heads) if heads else ""}## What it writes
 
 `prompts.json` has {len(prompts)} prompts cut from held-out packages, of the versions named with them, preferably such
 that the target does not loop at once. Greedy completions of {SAMPLES} of them:
@@ -205,11 +305,15 @@ The weights are under Apache-2.0. The prompts are quotations of their packages, 
 
 
 def render_card(folder: Path) -> None:
-    """Write loss.png and README.md from the folder's training.json and prompts.json."""
+    """Write the pictures and README.md from the folder's training.json, heads.json and prompts.json."""
     record = json.loads((folder / "training.json").read_text())
     prompts = json.loads((folder / "prompts.json").read_text())
     draw_losses(record, folder / "loss.png")
-    (folder / "README.md").write_text(card_text(record, prompts))
+    heads = None
+    if (folder / "heads.json").is_file():
+        heads = json.loads((folder / "heads.json").read_text())
+        draw_heads(heads, folder / "heads.png")
+    (folder / "README.md").write_text(card_text(record, prompts, heads))
 
 
 if __name__ == "__main__":

@@ -85,8 +85,9 @@ def choose_draft_vocabulary(counts: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def layer_config(target: Target, shape: Eagle3Shape) -> LlamaConfig:
     """The decoder layer's configuration: Llama's, with the target's sizes and rotary parameters."""
     config = target.config
-    heads = shape.num_heads or config.num_attention_heads
     hidden = config.hidden_size
+    their_heads = getattr(config, "num_attention_heads", None) or max(1, hidden // 64)  # of a model without attention
+    heads = shape.num_heads or their_heads
     theirs = getattr(config, "head_dim", None)
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if "rope_theta" not in rope:  # no rotary positions, or several kinds of them: the head has plain ones of its own
@@ -98,7 +99,7 @@ def layer_config(target: Target, shape: Eagle3Shape) -> LlamaConfig:
         num_hidden_layers=shape.num_layers,
         num_attention_heads=heads,
         num_key_value_heads=shape.num_kv_heads or getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=theirs if theirs and heads == config.num_attention_heads else hidden // heads,
+        head_dim=theirs if theirs and heads == their_heads else hidden // heads,
         vocab_size=config.vocab_size,
         max_position_embeddings=getattr(config, "max_position_embeddings", None) or 2048,
         rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from autospec.heads.eagle3 import Eagle3Head
 from autospec.model_zoo.demo.drafting import Tree, accepted_lengths, walk
+from autospec.model_zoo.demo.evaluate import LOOP, loop_start
+from autospec.model_zoo.demo.recipe import HEADS_SMOKE
+from autospec.model_zoo.demo.train_heads import loop_starts, written_weights
 from autospec.training.features import Target
 
 
@@ -91,6 +95,31 @@ def test_a_dynamic_tree_of_all_positions_is_the_tree_of_each(target: Target, wid
     found = accepted_lengths(head, tokens, taps, starts, tree)[0].tolist()
     assert found == [tree_by_hand(head, tokens, taps, start, tree) for start in starts.tolist()]
     assert len(set(found)) > 2
+
+
+def test_rows_know_where_they_begin_to_repeat_themselves() -> None:
+    torch.manual_seed(0)
+    rows = torch.randint(0, 3000, (40, 70))
+    for i in range(30):  # a piece that recurs, overlapping itself where the distance is short
+        distance, start = 1 + i, 20 + i % 7
+        for place in range(start, start + LOOP + i % 5):
+            rows[i, place] = rows[i, place - distance]
+    starts = loop_starts(rows.short())
+    assert starts.tolist() == [loop_start(row) for row in rows.tolist()]
+    assert 10 < int((starts < 70).sum()) <= 30
+
+
+def test_written_rows_count_where_the_target_wrote_something_new() -> None:
+    recipe = replace(HEADS_SMOKE, written_rows=2, generate_batch=2, written_prompts=(4,), written_length=44)
+    row = torch.arange(100, 144)
+    ended = row.clone()
+    ended[9] = 0
+    looping = row.clone()
+    looping[20:40] = row[4:24]
+    weights = written_weights(recipe, torch.stack([ended, looping]))
+    little = recipe.prompt_weight
+    assert weights[0].tolist() == [little] * 3 + [1.0] * 6 + [0.0] * 35
+    assert weights[1].tolist() == [little] * 3 + [1.0] * 17 + [little] * 24
 
 
 def test_a_walk_counts_steps_and_depths() -> None:

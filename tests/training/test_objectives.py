@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from harness.training import VOCAB, random_head, tiny_model
 from torch.nn import functional
 
 from autospec.errors import OptionError
+from autospec.heads.checkpoint import load_head, save_head
+from autospec.tiny_models import tiny_model as tiny_model_of
 from autospec.training.eagle3 import Eagle3Loss, Eagle3Shape, choose_draft_vocabulary, new_head
 from autospec.training.features import Target, default_taps
 from autospec.training.loop import Batch, Loss, Rows, Sampler, Schedule, Trainer
@@ -45,6 +49,26 @@ def test_the_loss_of_every_step_falls(kind: str) -> None:
     assert (after[1] < 0.8 * before[1]).all(), (before, after)  # summed losses, one per step
     assert (after[2] > before[2]).all()  # agreements
     assert history.train[-1][3] > 1.5  # a chain of drafts is accepted now and then
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text", "qwen2_moe", "deepseek_v3", "mamba"])
+def test_any_causal_lm_can_be_a_target(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model_of(model_type).eval()
+    target = Target(model, default_taps(model.config.num_hidden_layers))
+    size = model.config.vocab_size
+    rows = Rows(torch.randint(3, size, (4, 20), generator=torch.Generator().manual_seed(0)), torch.ones(4, 20))
+    head = new_head(target, Eagle3Shape(draft_vocab_size=48), choose_draft_vocabulary(torch.arange(size), 48)[0])
+    loss = Eagle3Loss(target, head, steps=3)
+    history = Trainer(loss, head, Sampler([(rows, 4)], 0), Schedule(steps=6, learning_rate=3e-3)).fit()
+    assert history.train[-1][1] < history.train[0][1]
+    save_head(head, tmp_path)
+    loaded = load_head(
+        tmp_path, target_hidden_size=model.config.hidden_size, target_vocab_size=size, target_layers=model.config.num_hidden_layers,
+        embed_tokens=target.embed_tokens, lm_head=target.lm_head.weight, dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    taps = target(rows.tokens).taps
+    again = Eagle3Loss(target, loaded, steps=3).unrolled(rows.tokens, taps)  # type: ignore[arg-type]
+    assert all(torch.equal(one, other) for one, other in zip(loss.unrolled(rows.tokens, taps), again, strict=True))
 
 
 def test_goals_are_the_target_where_drafting_will_ask_it(target: Target) -> None:

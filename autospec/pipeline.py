@@ -28,6 +28,7 @@ from autospec.passes.fold_noops import FoldNoops
 from autospec.passes.fuse_linears import FuseLinears
 from autospec.passes.gather_logits import GatherLogits
 from autospec.passes.mask_tree import MaskTree
+from autospec.passes.narrow_linears import NarrowLinears
 from autospec.passes.offset_draft_layers import OffsetDraftLayers
 from autospec.passes.pack_linears import PackLinears
 from autospec.passes.page_kv_cache import PageKvCache
@@ -210,7 +211,7 @@ def finish() -> list[Stage]:
     """What every graph of a program ends with."""
     return [
         Stage("optimise", [FuseLinears()]),
-        Stage("select", [PackLinears(), SelectKernels(disabled=disabled_kernels())]),
+        Stage("select", [PackLinears(), NarrowLinears(), SelectKernels(disabled=disabled_kernels())]),
     ]
 
 

@@ -86,6 +86,8 @@ LAUNCHES = {
         3, 10)),
     "select_best": ("build_dynamic_tree", "build_dynamic_tree_triton", lambda: (
         ints(2, dtype=LONG), ints(2, 710, dtype=LONG), torch.zeros(2, 710), ints(2, 710), 60)),
+    "multiply_rows": ("skinny_linear", "skinny_linear_triton", lambda: (
+        torch.zeros(2, 7, 256), torch.zeros(384, 256), torch.zeros(384))),
     "pick_greedy": ("rank_children", "rank_greedy_triton", lambda: (
         torch.zeros(2, 10, 5000).bfloat16(), 10, 1.0, ints(5000, dtype=LONG))),
     "pick_sampled": ("rank_children", "rank_sampled_triton", lambda: (

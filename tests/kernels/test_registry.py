@@ -63,6 +63,7 @@ ARGUMENTS = {
     "parent_mask": lambda: torch.ones(B, 3, 1, dtype=torch.int32), "level": lambda: 1, "root_token": lambda: integers(V, B),
     "scores": lambda: -torch.rand(B, T), "max_total_draft_tokens": lambda: 6,
     "parents": lambda: torch.arange(-1, T - 1, dtype=torch.int32).expand(B, -1).contiguous(),
+    "x": lambda: torch.randn(B, N, 7), "weight": lambda: torch.randn(6, 7), "bias": lambda: torch.randn(6),
     "nodes": lambda: integers(N, B, 3, dtype=torch.int32), "is_new": lambda: torch.tensor([True, False]),
     "log_probs": lambda: -torch.rand(B, L), "node_parents": lambda: torch.tensor([-1, 0, 0], dtype=torch.int32),
     "node_depth": lambda: torch.tensor([0, 1, 1], dtype=torch.int32), "rank_counts": lambda: integers(9, 4),

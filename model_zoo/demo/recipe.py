@@ -83,11 +83,11 @@ class HeadsRecipe:
     unrolled_steps: int = 8
     decay: float = 0.8
     learning_rate: float = 3e-3
-    steps: int = 5000
+    steps: int = 3741
     # Medusa: the blocks alone, before the target's own lm_head
     medusa_heads: int = 4
     medusa_layers: int = 2
-    medusa_steps: int = 2500
+    medusa_steps: int = 1179
     # Data: each batch has rows of training text and rows that the target wrote after a cut of training text
     text_length: int = 1024
     text_rows: int = 5000

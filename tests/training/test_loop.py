@@ -87,6 +87,23 @@ def test_pieces_of_a_batch_are_the_batch() -> None:
         torch.testing.assert_close(parameter, pieces.parameters[name], rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.cuda
+def test_a_recorded_step_is_the_step() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    found = []
+    for graphs in (False, True):
+        target = Target(tiny_model().cuda(), (0, 1, 3))
+        loss = Eagle3Loss(target, random_head(target, draft_vocab_size=40), steps=3)
+        schedule = Schedule(steps=6, learning_rate=1e-3, graphs=graphs)
+        sampler = Sampler([(some_rows(), 4), (some_rows(length=12), 3)], seed=5)
+        trainer = Trainer(loss, loss.head, sampler, schedule)
+        trainer.fit()
+        found.append(state(trainer))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-3, atol=1e-4)
+
+
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
     rows = some_rows()
     device = torch.device("cpu")

@@ -17,7 +17,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from autospec.errors import LoweringError, OptionError
 from autospec.ir.build import Builder, fake_mode, value_of
 from autospec.ir.slots import Slot, slots
-from autospec.kernels.packed_linear import lower_to_onednn
 from autospec.kernels.registry import KernelOp, find
 from autospec.program import Graph
 
@@ -102,7 +101,6 @@ def compile_with_inductor(module: fx.GraphModule) -> Any:
     import torch._inductor
     from torch._inductor.graph import GraphLowering
 
-    lower_to_onednn()
     examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     plain = fx.GraphModule(torch.nn.Module(), module.graph)
     sources: list[str] = []

@@ -22,7 +22,7 @@ def why_not_built(name: str) -> str | None:
     from torch._inductor.codecache import CppCodeCache
 
     try:
-        CppCodeCache.load((SOURCES / f"{name}.cpp").read_text())
+        CppCodeCache.load("".join((SOURCES / file).read_text() for file in ("rows.h", f"{name}.cpp")))
     except Exception as error:  # no compiler, a broken one, a cache that cannot be written: the reference runs
         return f"{name}.cpp does not compile here: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return None

@@ -5,7 +5,7 @@
     %v = aten.linear(%x, %wv)
 
 Legal: rows of a weight matrix are independent outputs. The parts' weights are concatenated once and their originals
-leave the program.
+leave the program; a model that runs several times in a graph reads the same concatenated weight each time.
 Gives up on: weights that something else reads too, different dtypes, some with a bias and some without.
 """
 
@@ -27,7 +27,11 @@ def _slot(node: object) -> Slot | None:
     return slot_of(node) if isinstance(node, fx.Node) and node.op == "placeholder" else None
 
 
-def _why_not(group: list[fx.Node]) -> str | None:
+def _weights(group: list[fx.Node]) -> list[object]:
+    return [node.args[1:] for node in group]
+
+
+def _why_not(group: list[fx.Node], groups: dict[fx.Node, list[fx.Node]]) -> str | None:
     if len({len(node.args) for node in group}) > 1:
         return "some of the layers have a bias and some do not"
     for node in group:
@@ -35,7 +39,8 @@ def _why_not(group: list[fx.Node]) -> str | None:
             slot = _slot(weight)
             if slot is None or slot.kind != "weight":
                 return "a weight is computed, not stored"
-            if len(weight.users) > 1:  # type: ignore[union-attr]
+            others = [groups.get(user, []) for user in weight.users if user is not node]  # type: ignore[union-attr]
+            if any(other is group or _weights(other) != _weights(group) for other in others):
                 return f"{slot.name} is read by something else too"
     if len({_slot(node.args[1]).dtype for node in group}) > 1:  # type: ignore[union-attr]
         return "the weights have different dtypes"
@@ -54,23 +59,21 @@ class FuseLinears(Pass):
         for node in calls(module, aten.linear):
             if isinstance(node.args[0], fx.Node):
                 by_input[node.args[0]].append(node)
-        count = 0
-        for source, group in by_input.items():
-            if len(group) < 2:
-                continue
-            reason = _why_not(group)
+        group_of = {node: group for group in by_input.values() for node in group}
+        groups = [group for group in by_input.values() if len(group) > 1]
+        reasons = [_why_not(group, group_of) for group in groups]
+        for group, reason in zip(groups, reasons, strict=True):
             if reason is not None:
                 notes.refuse(group[0], reason)
-                continue
-            _fuse(module, source, group)
-            count += 1
-        return count
+            else:
+                _fuse(module, group)
+        return reasons.count(None)
 
     def ensures(self, module: fx.GraphModule) -> Iterable[str]:
         return ()
 
 
-def _fuse(module: fx.GraphModule, source: fx.Node, group: list[fx.Node]) -> None:
+def _fuse(module: fx.GraphModule, group: list[fx.Node]) -> None:
     first = group[0]
     joined = []
     for position in range(1, len(first.args)):
@@ -81,7 +84,7 @@ def _fuse(module: fx.GraphModule, source: fx.Node, group: list[fx.Node]) -> None
                     parts=tuple(part.name for part in known))  # fmt: skip
         joined.append(declare(module, slot))
     builder = Builder(module, first, first.meta.get("module", ""))
-    whole = builder.call(aten.linear.default, source, *joined)
+    whole = builder.call(aten.linear.default, first.args[0], *joined)
     whole.meta.update({key: first.meta[key] for key in ("layer",) if key in first.meta})
     start = 0
     for node in group:
@@ -94,4 +97,5 @@ def _fuse(module: fx.GraphModule, source: fx.Node, group: list[fx.Node]) -> None
         unused = [weight for weight in node.args[1:] if isinstance(weight, fx.Node)]
         module.graph.erase_node(node)
         for weight in unused:
-            module.graph.erase_node(weight)
+            if not weight.users:
+                module.graph.erase_node(weight)

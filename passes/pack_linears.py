@@ -1,6 +1,6 @@
-"""On a CPU, let linear layers read weights in oneDNN's blocked layout.
+"""On a CPU, let linear layers read weights in panels, in the order in which the kernel walks over them.
 
-    %y = aten.linear(%x, %w)   ->   %y = autospec_onednn.linear(%x, %w_packed, None)
+    %y = aten.linear(%x, %w)   ->   %y = autospec_cpu.panel_linear(%x, %w_packed, None)
 
 Legal: the packed weight holds the same numbers; the sum over inputs may round in another order, as any matrix product
 may. The packed copy is made once and shared by all graphs of a model.
@@ -33,8 +33,7 @@ class PackLinears(Pass):
         for node in calls(module, aten.linear):
             weight = operand(node, 1)
             is_stored = weight.op == "placeholder" and slot_of(weight).kind == "weight"
-            rows = operand(node).meta["val"].numel() // weight.meta["val"].shape[-1]
-            reason = why_not(weight.meta["val"], rows) if is_stored else "the weight is computed, not stored"
+            reason = why_not(weight.meta["val"]) if is_stored else "the weight is computed, not stored"
             if reason is not None:
                 notes.refuse(node, reason)
                 continue
@@ -53,4 +52,4 @@ class PackLinears(Pass):
 
 def packed_slot(slot: Slot) -> Slot:
     """The slot of a weight's packed copy."""
-    return dataclasses.replace(slot, name=f"{slot.name}@onednn", parts=slot.parts or (slot.name,), is_packed=True)
+    return dataclasses.replace(slot, name=f"{slot.name}@panels", parts=slot.parts or (slot.name,), is_packed=True)

@@ -7,47 +7,12 @@
 // blocks of 64 with an online softmax. Blocks begin at multiples of 64 and a row sums in the order of the slots, so a
 // row's result depends on what it sees, never on the tile, the other rows or the number of threads.
 
-#include <ATen/cpu/vec/vec.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <optional>
-#include <vector>
-
 namespace {
 
-using torch::stable::Tensor;
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t S = Vec::size();
 constexpr int64_t T = 64;         // slots of a block; a multiple of S
 constexpr int64_t MAX_ROWS = 64;  // rows of a tile
 constexpr int WIDE = S >= 16 ? 4 : 2;  // vectors that a micro-kernel keeps per row: 16 of 32 registers, or 8 of 16
 constexpr float INF = std::numeric_limits<float>::infinity();
-
-struct Strided {
-  const void* data = nullptr;
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
-
-  Strided() = default;
-  explicit Strided(const Tensor& tensor) : data(tensor.data_ptr()) {
-    int64_t *all_sizes, *all_strides;
-    aoti_torch_get_sizes(tensor.get(), &all_sizes);
-    aoti_torch_get_strides(tensor.get(), &all_strides);
-    sizes = all_sizes;
-    strides = all_strides;
-  }
-  explicit Strided(const std::optional<Tensor>& tensor) {
-    if (tensor) *this = Strided(*tensor);
-  }
-  explicit operator bool() const { return data != nullptr; }
-};
 
 struct Problem {
   Strided q, k_pages, v_pages, page_table, kv_lens, q_lens, tree_mask;
@@ -87,25 +52,6 @@ const float* as_floats(const From* from, float* to, int64_t count) {
   return to;
 }
 
-// c [ROWS, VECS * S] += a [ROWS, depth] @ rows [depth, VECS * S]; every element is one chain of fused multiply-adds.
-template <int ROWS, int VECS, typename RowOf>
-inline void multiply_block(const float* a, int64_t lda, RowOf row, int64_t depth, float* c, int64_t ldc) {
-  Vec sum[ROWS][VECS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int i = 0; i < VECS; ++i) sum[r][i] = Vec::loadu(c + r * ldc + i * S);
-  for (int64_t k = 0; k < depth; ++k) {
-    const float* from = row(k);
-    Vec right[VECS];
-    for (int i = 0; i < VECS; ++i) right[i] = Vec::loadu(from + i * S);
-    for (int r = 0; r < ROWS; ++r) {
-      const Vec left(a[r * lda + k]);
-      for (int i = 0; i < VECS; ++i) sum[r][i] = at::vec::fmadd(left, right[i], sum[r][i]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int i = 0; i < VECS; ++i) sum[r][i].store(c + r * ldc + i * S);
-}
-
 template <int VECS, typename RowOf>
 inline void multiply_columns(int64_t rows, const float* a, int64_t lda, RowOf row, int64_t depth, float* c, int64_t ldc) {
   int64_t r = 0;
@@ -123,6 +69,7 @@ void multiply(int64_t rows, int64_t width, const float* a, int64_t lda, RowOf ro
   int64_t at = 0;
   const auto shifted = [&](int64_t k) { return row(k) + at; };
   for (; at + WIDE * S <= width; at += WIDE * S) multiply_columns<WIDE>(rows, a, lda, shifted, depth, c + at, ldc);
+  for (; at + 2 * S <= width; at += 2 * S) multiply_columns<2>(rows, a, lda, shifted, depth, c + at, ldc);
   for (; at < width; at += S) multiply_columns<1>(rows, a, lda, shifted, depth, c + at, ldc);
 }
 
@@ -382,12 +329,9 @@ Tensor paged_attention(
   p.slopes = floats(alibi_slopes, per_head.data() + p.q_heads);
 
   const int64_t sizes[] = {p.batch, p.q_len, p.q_heads, p.Dv};
-  const int64_t strides[] = {p.q_len * p.q_heads * p.Dv, p.q_heads * p.Dv, p.Dv, 1};
   int32_t dtype;
   aoti_torch_get_dtype(q.get(), &dtype);
-  AtenTensorHandle handle;
-  aoti_torch_empty_strided(4, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle);
-  Tensor out(handle);
+  const Tensor out = empty(4, sizes, dtype);
   p.out = out.data_ptr();
   switch (q.scalar_type()) {
     case torch::headeronly::ScalarType::BFloat16: attend<c10::BFloat16>(p); break;

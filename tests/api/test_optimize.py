@@ -37,7 +37,7 @@ def test_without_it_all_passes_run(optimized: Any) -> None:
 def test_explain_names_every_pass_and_kernel(optimized: Any) -> None:
     text = optimized("small").explain()
     for word in ("LlamaForCausalLM: 2 KV layers", "draft LlamaForCausalLM: 1 KV layers behind the target's", "prefill",
-                 "step_4", "page-kv-cache", "attach-draft-model", "paged_attention: reference",
+                 "step_4", "page-kv-cache", "attach-draft-model", "paged_attention: cpu",
                  "memory: weights"):  # fmt: skip
         assert word in text, word
 

@@ -55,6 +55,21 @@ def test_meaning(widths: list[int], has_bias: bool, seed: int) -> None:
     assert apply(fused, FuseLinears())[0].count == 0
 
 
+def test_a_model_that_runs_twice_reads_one_weight() -> None:
+    def write(builder: Builder, x: fx.Node, *stored: fx.Node) -> list[fx.Node]:
+        again = builder.call(aten.mul.Tensor, x, 2.0)
+        return [builder.call(aten.linear.default, source, w) for source in (x, again) for w in stored]
+
+    module = sketch([X, Slot("weight", "w0", (5, 4)), Slot("weight", "w1", (6, 4))], write)
+    values = _values(module)
+    fused = after(module, FuseLinears())
+    assert [slot.name for slot in slots(fused) if slot.kind == "weight"] == ["w0+w1"]
+    assert len(list(calls(fused, aten.linear))) == 2
+    got = evaluate(fused, {"x": values["x"], "w0+w1": torch.cat([values["w0"], values["w1"]])})
+    for mine, expected in zip(got, evaluate(module, values), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
 def _reasons(write: Any, *more: Slot) -> list[str]:
     module = sketch([X, Slot("weight", "w0", (5, 4)), Slot("weight", "w1", (6, 4)), *more], write)
     before = graph_text(module, weights=True)

@@ -22,7 +22,7 @@ from autospec.ir.build import Builder
 from autospec.ir.match import argument, calls
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import tag
-from autospec.ir.slots import Slot
+from autospec.ir.slots import Slot, find_slot
 from autospec.kernels.append_kv import append_kv
 from autospec.kernels.paged_attention import paged_attention
 from autospec.kernels.tree_tables import node_positions, tree_tables
@@ -36,6 +36,10 @@ class MaskTree(Pass):
     batch_size: int
     num_nodes: int
     is_mask_given: bool = False  # the mask is an input of the graph (a drafter's level) instead of made from the state
+
+    def requires(self, module: fx.GraphModule) -> Iterable[str]:
+        if not self.is_mask_given and find_slot(module, "position_ids") is not None:
+            yield "position_ids is still an input: run widen-decode first"
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         todo = [node for node in calls(module, paged_attention) if argument(node, "tree_mask") is None]

@@ -1,8 +1,8 @@
 """Write down once what nodes are for, so that no later pass reads names.
 
-    %logits = aten.linear(%h, %w)   ->   same graph; %logits and everything behind it is "logits", the linear "lm_head",
-                                         %h "final_hidden"; attention calls "attention"; every node of decoder layer i
-                                         carries layer = i, and the last one whose value leaves it "layer_output"
+    %logits = aten.linear(%h, %w)   ->   same graph; the linear behind which only row-local ops stand is the "lm_head",
+                                         attention calls are "attention"; every node of decoder layer i carries
+                                         layer = i, and the last one whose value leaves it is its "layer_output"
 
 Legal: nothing is rewritten. Layers are the children of the module that holds the attention calls, in call order.
 """
@@ -43,8 +43,6 @@ class TagRoles(Pass):
             head = operand(head)
         if is_call(head, aten.linear):
             tag(head, "lm_head")
-            if "role" not in operand(head).meta:
-                tag(operand(head), "final_hidden")
             notes.say(f"{len(attention_calls)} attention calls")
         else:
             reason = "the logits do not come straight from a linear layer, so they are computed for every row"

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from autospec.ir.build import Builder
-from autospec.ir.match import aten, returned
+from autospec.ir.match import aten, operand, returned
 from autospec.ir.passes import Notes, Pass
-from autospec.ir.roles import tag, with_role
+from autospec.ir.roles import tag, the, with_role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class TapHiddenStates(Pass):
             outputs = layer_outputs(module)
             taps = builder.call(aten.cat.default, [outputs[layer] for layer in self.tap_after], -1)
         else:
-            taps = builder.call(aten.alias.default, with_role(module, "final_hidden")[0])
+            taps = builder.call(aten.alias.default, operand(the(module, "lm_head")))
         tag(taps, "taps")
         output.args = ((returned(module), taps),)
         return 1
@@ -58,5 +58,5 @@ def missing_taps(module: fx.GraphModule, tap_after: tuple[int, ...]) -> Iterable
         if layer not in outputs:
             known = f"layers 0 to {max(outputs)}" if outputs else "no layers at all"
             yield f"the output of layer {layer} was not found, the graph shows {known}"
-    if not tap_after and not with_role(module, "final_hidden"):
+    if not tap_after and not with_role(module, "lm_head"):
         yield "the logits do not come straight from a linear layer, so what it reads is not known"

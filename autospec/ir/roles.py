@@ -10,7 +10,7 @@ from typing import Literal
 from torch import fx
 
 Role = Literal[
-    "attention", "layer_output", "final_hidden", "lm_head", "draft_tokens", "q_lens", "tree_mask",
+    "attention", "layer_output", "lm_head", "draft_tokens", "q_lens", "tree_mask",
     "taps", "accept_path", "commit",
 ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,75 @@ class _Model(torch.nn.Module):
         return (self.lm_head(x),)
 
 
+class _Head(torch.nn.Module):
+    """A draft head of one layer; it recycles what its lm_head reads."""
+
+    def __init__(self, num_taps: int, draft_vocab: int) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(num_taps * WIDTH, WIDTH, bias=False)
+        self.embed = torch.nn.Embedding(VOCAB, WIDTH)
+        self.places = torch.nn.Embedding(256, WIDTH)
+        self.layer = _Layer(0)
+        self.lm_head = torch.nn.Linear(WIDTH, draft_vocab, bias=False)
+
+    def forward(self, input_ids: Tensor, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.layer(hidden + self.embed(input_ids) + self.places(position_ids))
+        return self.lm_head(hidden), hidden
+
+
+class _FirstPass(torch.nn.Module):
+    """A head on the target's features."""
+
+    def __init__(self, head: _Head) -> None:
+        super().__init__()
+        self.model = head
+
+    def forward(self, input_ids: Tensor, taps: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model(input_ids, self.model.fc(taps), position_ids)
+
+
+def captured_graph(
+    module: torch.nn.Module, inputs: Mapping[str, Tensor]
+) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """A module as capture leaves it: symbolic in the first two dimensions, with slots and roles; and its weights."""
+    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    exported = torch.export.export(
+        module.eval().requires_grad_(False), tuple(inputs.values()), dynamic_shapes=tuple(dims for _ in inputs), strict=False
+    )
+    graph, weights = with_slots(exported.run_decompositions({}), "tiny", tuple(inputs))
+    run_pass(graph, TagRoles())
+    return graph, weights
+
+
+_IDS = torch.zeros(2, 5, dtype=torch.int64)
+
+
 def tiny_graph(num_layers: int = 1, window: int = 0, is_tied: bool = False) -> tuple[fx.GraphModule, dict[str, Tensor]]:
-    """The model as capture leaves it: symbolic, with slots and roles; and its weights."""
+    """The language model as capture leaves it."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = _Model(num_layers, window, is_tied).eval().requires_grad_(False)
-    inputs = (torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64))
-    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
-    exported = torch.export.export(model, inputs, dynamic_shapes=(dims, dims), strict=False).run_decompositions({})
-    module, weights = with_slots(exported, "tiny")
-    run_pass(module, TagRoles())
-    return module, weights
+        model = _Model(num_layers, window, is_tied)
+    return captured_graph(model, {"input_ids": _IDS, "position_ids": _IDS.clone()})
+
+
+@dataclass(frozen=True)
+class TinyHead:
+    """A draft head: the module, its first pass and the following ones as capture leaves them, its weights."""
+
+    module: _Head
+    first: fx.GraphModule
+    following: fx.GraphModule
+    weights: dict[str, Tensor]
+
+
+def tiny_head(num_taps: int, draft_vocab: int) -> TinyHead:
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        head = _Head(num_taps, draft_vocab)
+    taps, hidden = torch.zeros(2, 5, num_taps * WIDTH), torch.zeros(2, 5, WIDTH)
+    first, weights = captured_graph(_FirstPass(head), {"input_ids": _IDS, "taps": taps, "position_ids": _IDS.clone()})
+    following, more = captured_graph(head, {"input_ids": _IDS, "hidden": hidden, "position_ids": _IDS.clone()})
+    return TinyHead(head, first, following, weights | more)
 
 
 def sketch(slots_: list[Slot], write: Callable[..., Any]) -> fx.GraphModule:

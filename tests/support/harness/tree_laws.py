@@ -174,7 +174,7 @@ def grown(scores: Callable[[Path], Tensor], tree: DraftTree, deepest: int) -> li
     def children(path: Path, count: int) -> Sequence[tuple[float, int]]:
         if path not in best:
             conditional = scores(path).log_softmax(-1)
-            order = sorted(range(VOCAB), key=lambda token: (-float(conditional[token]), token))
+            order = sorted(range(len(conditional)), key=lambda token: (-float(conditional[token]), token))
             best[path] = [(min(float(conditional[token]), 0.0), token) for token in order]
         return best[path][:count]
 

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _verb(verbs, "generate", _generate, "complete a prompt",
                      "autospec generate bundled:target --prompt 'def add(a, b):' --max-new-tokens 32")  # fmt: skip
-    _model_arguments(generate)
+    model_arguments(generate)
     generate.add_argument("--prompt", required=True, help="text to complete")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = _verb(verbs, "explain", _explain, "print what every pass did, and why not",
                     "autospec explain bundled:target --speculation ngram --compile eager")  # fmt: skip
-    _model_arguments(explain)
+    model_arguments(explain)
 
     _verb(verbs, "passes", _passes, "list the passes and their options", "autospec passes")
 
@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check-draft", help="what a draft head's files say, and how often it agrees", add_help=False)
     check.set_defaults(run=_check_draft)
     check.add_argument("rest", nargs=argparse.REMAINDER)
+    bench = verbs.add_parser("bench", help="measure drafters against plain decoding, and draw it", add_help=False)
+    bench.set_defaults(run=_bench)
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
     zoo = verbs.add_parser("zoo", help="try every causal-LM type that transformers knows", add_help=False)
     zoo.set_defaults(run=_zoo)
     zoo.add_argument("rest", nargs=argparse.REMAINDER)
@@ -82,7 +85,8 @@ def _verb(verbs: Any, name: str, run: Any, help_text: str, example: str) -> argp
     return parser
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What verbs over a model and a drafter have in common."""
     parser.add_argument("model", help="path or hub id of a causal LM; bundled:target is the demo model")
     parser.add_argument(
         "--speculation", default="auto",
@@ -104,7 +108,8 @@ def _train_arguments(verbs: Any) -> None:
         parser.set_defaults(run=_train, kind=kind)
 
 
-def _speculation(asked: argparse.Namespace) -> Any:
+def speculation_of(asked: argparse.Namespace) -> Any:
+    """What `autospec.optimize` takes, from the options of `model_arguments`."""
     from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, NGramConfig
     from autospec.model_zoo.bundled import resolve
 
@@ -127,7 +132,7 @@ def _optimized(asked: argparse.Namespace) -> Any:
     from autospec.api import optimize
     from autospec.model_zoo.bundled import resolve
 
-    fast = optimize(resolve(asked.model), _speculation(asked), compile=asked.compile)
+    fast = optimize(resolve(asked.model), speculation_of(asked), compile=asked.compile)
     fast.show_progress = True
     return fast
 
@@ -193,6 +198,12 @@ def _train(asked: argparse.Namespace) -> int:
 
 def _check_draft(asked: argparse.Namespace) -> int:
     from autospec.check_draft import run
+
+    return run(asked.rest)
+
+
+def _bench(asked: argparse.Namespace) -> int:
+    from autospec.bench import run
 
     return run(asked.rest)
 

@@ -28,7 +28,7 @@ FLOORS = {
     "autospec.pipeline": 4, "autospec.lower": 4, "autospec.export": 4,
     "autospec.runtime": 5,
     "autospec.api": 6, "autospec.report": 6, "autospec.cli": 6,
-    "autospec.bench": 6, "autospec.bench_kernels": 6, "autospec.demo": 6,
+    "autospec.bench": 6, "autospec.benching": 6, "autospec.bench_kernels": 6, "autospec.demo": 6,
     "autospec.zoo": 6, "autospec.tiny_models": 6, "autospec.check_draft": 6,
     "autospec.training": 6, "autospec.model_zoo.demo.evaluate": 6,
     "autospec.model_zoo.demo.train": 6, "autospec.model_zoo.demo.train_heads": 6,

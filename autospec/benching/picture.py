@@ -1,0 +1,165 @@
+"""The picture of a bench: tokens/s, and every draft with its acceptance."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from autospec.benching.record import Key, NodeRate
+from autospec.benching.results import Bench, Run
+from autospec.benching.sweep import Sweep
+from autospec.trees import DraftTree
+
+BARS = ["#8d99ae", "#457b9d", "#2a9d8f", "#e76f51", "#9c6644", "#6d597a"]
+GREY, INK = "#c9ced6", "#22333b"
+
+
+def draw(bench: Bench, file: Path) -> None:
+    """Bars in the first panel, then one panel for each drafter, then one for each sweep."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    drafted = [run for run in bench.runs if not run.is_plain and run.nodes]
+    count = 1 + len(drafted) + len(bench.sweeps)
+    columns = min(count, 2 if count in (2, 4) else 3)
+    rows = math.ceil(count / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.6 * columns, 4.2 * rows), layout="constrained", squeeze=False)
+    places = list(axes.flat)
+    _bars(places[0], bench.runs)
+    shades = ScalarMappable(Normalize(0, 1), "YlGnBu")
+    for axis, run in zip(places[1:], drafted, strict=False):
+        _draft(axis, run, shades)
+    for axis, one in zip(places[1 + len(drafted) :], bench.sweeps, strict=False):
+        _sweep(axis, one)
+    for axis in places[count:]:
+        axis.set_axis_off()
+    if drafted:
+        bar = figure.colorbar(shades, ax=places[1 : 1 + len(drafted)], shrink=0.6, aspect=30, pad=0.01)
+        bar.set_label("accepted, of the nodes verified there", fontsize=9)
+        bar.outline.set_visible(False)
+    facts = bench.title
+    figure.suptitle(", ".join(str(facts[name]) for name in ("model", "dtype", "device", "torch", "decoding")), fontsize=11)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _bars(axis: Any, runs: list[Run]) -> None:
+    speeds = [run.tokens_per_second for run in runs]
+    bars = axis.barh(range(len(runs)), speeds, color=[BARS[i % len(BARS)] for i in range(len(runs))], height=0.5)
+    labels = [f"{speed:,.0f}  ({speed / speeds[0]:.2f}x)" for speed in speeds]
+    axis.bar_label(bars, labels, padding=4, fontsize=9)
+    for place, run in enumerate(runs):
+        axis.text(0, place - 0.36, run.name, fontsize=8.5, color=INK, va="center")
+    axis.set_xlim(0, max(speeds) * 1.35)
+    axis.set_ylim(len(runs) - 0.5, -0.75)
+    axis.set_yticks([])
+    same = "identical tokens" if all(run.equals(runs[0]) for run in runs) else "TOKENS DIFFER"
+    axis.set_xlabel(f"tokens per second, {same}")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _draft(axis: Any, run: Run, shades: Any) -> None:
+    counted, outside = run.acceptance, run.acceptance_outside_loops
+    length = outside.mean_length if outside.steps else counted.mean_length
+    axis.set_title(f"{run.name}\n{length:.2f} tokens per step outside of loops" if outside.steps else
+                   f"{run.name}\n{length:.2f} tokens per step, all inside loops", fontsize=9.5, color=INK)  # fmt: skip
+    axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axis.tick_params(length=0)
+    if run.tree.dynamic_tree_max_topk:
+        _grid(axis, run.nodes, shades)
+    else:
+        _tree(axis, run.nodes, run.tree, shades)
+
+
+def _tree(axis: Any, rates: dict[Key, NodeRate], tree: DraftTree, shades: Any) -> None:
+    """Nodes by depth and order; colour is acceptance, area and edges are how often the accepted path comes by."""
+    paths: list[Key] = list(tree.choices) or [(0,) * depth for depth in range(1, tree.max_draft_len + 1)]
+    height = _layout([(), *paths])
+    small = len(paths) > 24
+    for path in paths:
+        rate = rates.get(path, NodeRate(0.0, 0.0))
+        parent, depth = path[:-1], len(path)
+        axis.plot([depth - 1, depth], [height[parent], height[path]], color=GREY if not rate.accepted else INK, zorder=1,
+                  linewidth=0.6 + 4 * rate.accepted, solid_capstyle="round", alpha=0.35 + 0.4 * rate.accepted)  # fmt: skip
+        axis.scatter(depth, height[path], s=(25 if small else 60) + (420 if small else 900) * rate.accepted, zorder=2,
+                     color=shades.to_rgba(rate.rate), edgecolor=INK, linewidth=0.7)  # fmt: skip
+        if not small or rate.accepted >= 0.1:
+            axis.annotate(f"{100 * rate.rate:.0f}%", (depth, height[path]), textcoords="offset points", zorder=3,
+                          xytext=(0, -_below(rate, small)), ha="center", va="top", fontsize=7, color=INK)  # fmt: skip
+    axis.scatter(0, height[()], s=60, marker="s", color=INK, zorder=2)
+    axis.set_xlim(-0.35, tree.max_draft_len + 0.5)
+    low, high = min(height.values()), max(height.values())
+    margin = 0.16 * (high - low) + 0.6
+    axis.set_ylim(high + margin, low - margin)
+    axis.set_xticks(range(tree.max_draft_len + 1), ["root", *range(1, tree.max_draft_len + 1)])
+    axis.set_xlabel("depth in the draft")
+    axis.set_yticks([])
+
+
+def _below(rate: NodeRate, small: bool) -> float:
+    """Points from a node's centre to below its rim."""
+    return math.sqrt(((25 if small else 60) + (420 if small else 900) * rate.accepted) / math.pi) + 2
+
+
+def _layout(paths: list[Key]) -> dict[Key, float]:
+    """Leaves one below the other, every parent on the line of its first child."""
+    height: dict[Key, float] = {}
+    known, lines = set(paths), 0.0
+
+    def place(path: Key) -> None:
+        nonlocal lines
+        children = sorted(one for one in known if one[:-1] == path and len(one) == len(path) + 1)
+        if not children:
+            height[path] = lines
+            lines += 1
+            return
+        for child in children:
+            place(child)
+        height[path] = height[children[0]]
+
+    place(())
+    return height
+
+
+def _grid(axis: Any, rates: dict[Key, NodeRate], shades: Any) -> None:
+    """By depth and sibling rank; colour is acceptance of a node, area how many are verified there in a step."""
+    most = max(rate.offered for rate in rates.values())
+    for (depth, rank), rate in rates.items():
+        axis.scatter(depth, rank, s=40 + 900 * rate.offered / most, color=shades.to_rgba(rate.rate), edgecolor=INK,
+                     linewidth=0.7, zorder=2)  # fmt: skip
+        radius = math.sqrt((40 + 900 * rate.offered / most) / math.pi)
+        axis.annotate(f"{100 * rate.rate:.0f}% of {rate.offered:.1f}", (depth, rank), textcoords="offset points",
+                      xytext=(0, -radius - 2), ha="center", va="top", fontsize=7, color=INK)  # fmt: skip
+    depths, ranks = (sorted({place[i] for place in rates}) for i in (0, 1))
+    axis.set_xlim(0.4, depths[-1] + 0.6)
+    axis.set_ylim(ranks[-1] + 0.75, -0.6)
+    axis.set_xticks(depths)
+    axis.set_yticks(ranks, [f"child {rank + 1}" for rank in ranks])
+    axis.set_xlabel("depth in the draft; area: nodes verified per step")
+    axis.grid(alpha=0.2, zorder=0)
+
+
+def _sweep(axis: Any, swept: Sweep) -> None:
+    """Predicted tokens/s by the nodes that a step verifies."""
+    axis.axhline(swept.plain.tokens_per_second, color=BARS[0], linewidth=1.2)
+    axis.text(1, swept.plain.tokens_per_second, "plain", fontsize=8, color=BARS[0], va="bottom")
+    for kind, colour in (("chain", BARS[1]), ("tree", BARS[3])):
+        points = [(row.nodes, getattr(row, kind)) for row in swept.rows if getattr(row, kind) is not None]
+        if not points:
+            continue
+        axis.plot([n for n, _ in points], [one.tokens_per_second for _, one in points], marker="o", color=colour,
+                  label="best chain of at most N" if kind == "chain" else "best tree of N")  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([row.nodes for row in swept.rows], [str(row.nodes) for row in swept.rows])
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"{swept.asked}: predicted\nbest: {swept.best.tree}", fontsize=9.5, color=INK)
+    axis.set_xlabel("nodes verified per step (N)")
+    axis.set_ylabel("tokens per second")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8.5)
+    axis.spines[["top", "right"]].set_visible(False)

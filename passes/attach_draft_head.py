@@ -22,11 +22,11 @@ from torch import fx
 
 from autospec.drafting import Frontier, Grower, committed_features
 from autospec.ir.build import Builder, splice
-from autospec.ir.match import aten, returned
+from autospec.ir.match import aten, calls, returned
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import with_role
 from autospec.ir.slots import Slot
-from autospec.kernels.commit import gather_rows, last_rows, tokens_at
+from autospec.kernels.commit import gather_rows, last_rows, store_draft, tokens_at
 from autospec.kernels.tree_tables import node_positions
 from autospec.state import StateShape, history
 
@@ -48,7 +48,7 @@ class AttachDraftHead(Pass):
             yield "a draft follows what was committed: run verify-draft or commit-prompt first"
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
-        if not with_role(module, "taps"):
+        if any(calls(module, store_draft)):
             return 0
         builder = Builder(module, owner="draft")
         tokens, kv_lens, _ = history(module)

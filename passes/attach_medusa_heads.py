@@ -17,10 +17,10 @@ from torch import fx
 
 from autospec.drafting import Frontier, Grower, committed_features
 from autospec.ir.build import Builder, splice
-from autospec.ir.match import aten, returned
+from autospec.ir.match import aten, calls, returned
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import with_role
-from autospec.kernels.commit import last_rows
+from autospec.kernels.commit import last_rows, store_draft
 from autospec.state import StateShape
 
 
@@ -38,7 +38,7 @@ class AttachMedusaHeads(Pass):
             yield "a draft follows what was committed: run verify-draft or commit-prompt first"
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
-        if not with_role(module, "taps"):
+        if any(calls(module, store_draft)):
             return 0
         builder = Builder(module, owner="draft")
         known = committed_features(builder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -155,16 +155,20 @@ def _check_draft(session: Session, row: int, ids: list[int], drafter: str, sampl
     tree = session.program.shape.tree
     deepest = int(session.state["limits"][row]) - len(ids)  # nodes at the limit are absent, and never compete
     expected = {path for path in grown(scores, tree, deepest) if len(path) <= deepest}
-    parents = session.state["tree_parents"][row].tolist()
-    tokens = session.state["draft_tokens"][row].tolist()
-    assert tokens[0] == ids[-1], "node 0 is not the root"
+    assert int(session.state["draft_tokens"][row, 0]) == ids[-1], "node 0 is not the root"
+    got = drafted(session.state, row)
+    assert got == expected, f"row {row} drafts {sorted(got)}, re-feeding {sorted(expected)}"
+
+
+def drafted(state: Mapping[str, Tensor], row: int) -> set[Path]:
+    """The draft of a row: the tokens on the way to every node that is present, the root's left out."""
+    parents, tokens = (state[name][row].tolist() for name in ("tree_parents", "draft_tokens"))
     found: dict[int, Path] = {0: ()}
     for node in range(1, len(parents)):
         if parents[node] >= 0:
             assert parents[node] in found, f"node {node} hangs from {parents[node]}, which is absent"
             found[node] = (*found[parents[node]], tokens[node])
-    got = set(found.values()) - {()}
-    assert got == expected, f"row {row} drafts {sorted(got)}, re-feeding {sorted(expected)}"
+    return set(found.values()) - {()}
 
 
 def grown(scores: Callable[[Path], Tensor], tree: DraftTree, deepest: int) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`autospec demo`: the bundled code model with transformers' generate, plain, with n-grams and with its draft model."""
+"""`autospec demo`: the bundled code model with transformers' generate, plain, with n-grams, a draft model and a head."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autospec.api import optimize
-from autospec.config import DraftTargetConfig, NGramConfig
+from autospec.config import DraftTargetConfig, Eagle3Config, NGramConfig
 from autospec.lower import available_cores
 from autospec.model_zoo.bundled import demo_prompts, resolve
 
-# Draft lengths that were fastest on two cores of an AMD EPYC with the bundled models, see BENCHMARKS.md.
+# Draft lengths and trees that were fastest with the bundled models, on two cores of an AMD EPYC and on an H100: see
+# BENCHMARKS.md. The static tree holds the nodes that were accepted most
+# often of 53 on two held-out prompts that the demo does not show by default.
 NGRAM_DRAFT_LEN = 6
 MODEL_DRAFT_LEN = 4
+HEAD_DRAFT_LEN = 6
+STATIC_TREE = [
+    [0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0, 0],
+]  # fmt: skip
+CPU_TREE: dict[str, Any] = {"max_draft_len": 5, "dynamic_tree_max_topk": 3, "max_total_draft_tokens": 11}
+GPU_TREE: dict[str, Any] = {"max_draft_len": 8, "dynamic_tree_max_topk": 10, "max_total_draft_tokens": 59}
 
 
 @dataclass
@@ -63,6 +71,7 @@ def run_demo(
     load: Any = AutoModelForCausalLM.from_pretrained
     target = load(resolve("bundled:target"), dtype=torch.float32).to(place).eval()
     draft = load(resolve("bundled:draft"), dtype=torch.float32).to(place).eval()
+    head, tree = resolve("bundled:eagle3"), GPU_TREE if place.startswith("cuda") else CPU_TREE
     tokenizer = AutoTokenizer.from_pretrained(resolve("bundled:target"))
     prompts = [tokenizer(p["text"], return_tensors="pt").input_ids.to(place) for p in demo_prompts()[:num_prompts]]
     where = torch.cuda.get_device_name() if place == "cuda" else f"{cores} CPU core{'s' if cores > 1 else ''}"
@@ -72,6 +81,9 @@ def run_demo(
         ("autospec plain", None),
         (f"autospec n-gram, {NGRAM_DRAFT_LEN}", NGramConfig(max_draft_len=NGRAM_DRAFT_LEN)),
         (f"autospec draft model, {MODEL_DRAFT_LEN}", DraftTargetConfig(draft, max_draft_len=MODEL_DRAFT_LEN)),
+        (f"autospec EAGLE-3, chain of {HEAD_DRAFT_LEN}", Eagle3Config(head, max_draft_len=HEAD_DRAFT_LEN)),
+        (f"autospec EAGLE-3, static {len(STATIC_TREE)}", Eagle3Config(head, eagle_choices=STATIC_TREE)),
+        (f"autospec EAGLE-3, dynamic {tree['max_total_draft_tokens']}", Eagle3Config(head, **tree)),
     )
     options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     runs: list[tuple[Result, Callable[[Tensor], Tensor], Any]] = []
@@ -122,7 +134,7 @@ def _is_identical(result: Result, baseline: Result) -> bool:
 def _table(results: list[Result]) -> str:
     baseline = results[0]
     lines = [
-        f"{'':<26} {'tokens/s':>9} {'speed-up':>9} {'mean acc. length':>17} {'compile s':>10} {'identical':>10}"
+        f"{'':<28} {'tokens/s':>9} {'speed-up':>9} {'mean acc. length':>17} {'compile s':>10} {'identical':>10}"
         "  acceptance per depth"
     ]
     for result in results:
@@ -132,7 +144,7 @@ def _table(results: list[Result]) -> str:
         compiled = f"{result.compile_seconds:.0f}" if result.compile_seconds else ""
         identical = "yes" if _is_identical(result, baseline) else "NO"
         lines.append(
-            f"{result.name:<26} {result.tokens_per_second:>9.1f} {result.tokens_per_second / baseline.tokens_per_second:>8.2f}x "
+            f"{result.name:<28} {result.tokens_per_second:>9.1f} {result.tokens_per_second / baseline.tokens_per_second:>8.2f}x "
             f"{length:>17} {compiled:>10} {identical:>10}  {depths}"
         )
     return "\n".join(lines)
@@ -145,8 +157,8 @@ def draw(results: list[Result], path: str, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = ["#8d99ae", "#457b9d", "#2a9d8f", "#e76f51"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2), layout="constrained")
+    colours = ["#8d99ae", "#457b9d", "#2a9d8f", "#e76f51", "#e9c46a", "#6d597a", "#b56576"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.55 * len(results)), width_ratios=(3, 2), layout="constrained")
     names = [result.name for result in results]
     speeds = [result.tokens_per_second for result in results]
     bars = left.barh(names, speeds, color=colours[: len(results)], height=0.62)

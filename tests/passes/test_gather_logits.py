@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from harness.graphs import after, apply, check_golden, evaluate, sketch
 from hypothesis import given, settings
@@ -12,8 +13,8 @@ from torch import fx
 
 from autospec.ir.build import Builder
 from autospec.ir.match import aten
-from autospec.ir.roles import tag
-from autospec.ir.slots import Slot
+from autospec.ir.roles import tag, the
+from autospec.ir.slots import Slot, slot_of
 from autospec.ir.text import graph_text
 from autospec.passes.gather_logits import GatherLogits
 from autospec.passes.tag_roles import TagRoles
@@ -82,3 +83,36 @@ def test_the_tiny_model(tiny: Any) -> None:
 
     module = after(tiny.paged(3), FeedPrompt(batch_size=2, q_len=3, token_room=32, max_position=20), GatherLogits())
     assert module.graph.output_node().args[0][0].meta["val"].shape == (2, 1, 16)
+
+
+def _spliced_part() -> fx.GraphModule:
+    """A drafter's pass before it is spliced: logits, and hidden states of every row beside them."""
+
+    def write(builder: Builder, hidden: fx.Node, weight: fx.Node) -> list[fx.Node]:
+        return [builder.call(aten.linear.default, hidden, weight), builder.call(aten.neg.default, hidden)]
+
+    module = sketch([Slot("input", "hidden", (2, 4, 3)), Slot("weight", "w", (5, 3))], write)
+    apply(module, TagRoles())
+    return module
+
+
+def test_text_where_the_number_of_valid_rows_is_given() -> None:
+    check_golden("gather_logits.given", graph_text(after(_spliced_part(), GatherLogits(given_for=2))))
+
+
+def test_the_number_of_valid_rows_is_an_input_and_hidden_states_keep_every_row() -> None:
+    module, one = _spliced_part(), GatherLogits(given_for=2)
+    gathered = after(module, one)
+    assert slot_of(the(gathered, "q_lens")) == Slot("input", "q_lens", (2,), torch.int32)
+    values = {"hidden": torch.randn(2, 4, 3), "w": torch.randn(5, 3), "q_lens": torch.tensor([1, 3], dtype=torch.int32)}
+    logits, hidden = evaluate(gathered, values)
+    every, same = evaluate(module, values)
+    assert torch.equal(hidden, same)
+    for row, last in enumerate((0, 2)):
+        torch.testing.assert_close(logits[row, 0], every[row, last], rtol=0, atol=1e-6)
+    assert apply(gathered, one)[0].count == 0
+
+
+def test_without_given_for_the_number_of_valid_rows_must_be_known() -> None:
+    with pytest.raises(AssertionError, match="0 nodes of role q_lens"):
+        apply(_spliced_part(), GatherLogits())

@@ -13,19 +13,28 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from autospec.ir.build import Builder
-from autospec.ir.match import calls
+from autospec.ir.match import aten, calls
 from autospec.ir.roles import tag
 from autospec.ir.slots import Slot
 from autospec.ir.text import graph_text
 from autospec.kernels.accept_tree import accept_tree
 from autospec.kernels.choose_tokens import choose_greedy, choose_tokens, mark_seen
-from autospec.kernels.commit import commit_prompt, commit_step
+from autospec.kernels.commit import commit_prompt, commit_step, count_ranks
+from autospec.kernels.compact_kv import compact_kv
+from autospec.kernels.registry import KernelOp
 from autospec.passes.gather_logits import GatherLogits
+from autospec.passes.mask_tree import MaskTree
 from autospec.passes.verify_draft import CommitPrompt, VerifyDraft
 from autospec.passes.widen_decode import FeedPrompt, WidenDecode
-from autospec.state import StateShape
+from autospec.state import RANKS, StateShape
+from autospec.trees import dynamic_tree
 
 BATCH, DRAFTS = 2, 2
+PAGE, PAGES_PER_ROW = 4, 8
+FORKED = StateShape(
+    batch_size=BATCH, token_room=PAGE * PAGES_PER_ROW, vocab_size=VOCAB, tree=dynamic_tree(3, 3, 6), sampling=False
+)
+VERIFY_TREE = VerifyDraft(sizes=FORKED, draft_len=3)
 
 
 def _step_graph() -> fx.GraphModule:
@@ -55,6 +64,10 @@ def test_text(tiny: Any, sizes: StateShape) -> None:
     check_golden("verify_draft.sampled", graph_text(after(_step_graph(), VerifyDraft(sizes=sampled, draft_len=DRAFTS))))
     feed = FeedPrompt(batch_size=BATCH, q_len=3, token_room=sizes.token_room, max_position=256)
     check_golden("commit_prompt", graph_text(after(tiny.paged(3), feed, GatherLogits(), CommitPrompt(sizes=sizes))))
+    nodes = FORKED.tree.num_nodes
+    widen = WidenDecode(batch_size=BATCH, next_n=nodes, max_nodes=nodes, max_position=256)
+    tree = after(tiny.paged(nodes), widen, MaskTree(batch_size=BATCH, num_nodes=nodes), VERIFY_TREE)
+    check_golden("verify_draft.tree", graph_text(tree))
 
 
 def test_again_finds_nothing(sizes: StateShape) -> None:
@@ -142,6 +155,100 @@ def test_what_is_emitted_is_returned(sizes: StateShape) -> None:
     assert module.graph.output_node().args[0][0] is next(calls(module, commit_step))
     module = after(_prompt_graph(), CommitPrompt(sizes=sizes))
     assert module.graph.output_node().args[0][0] is next(calls(module, commit_prompt))
+
+
+def _tree_graph() -> fx.GraphModule:
+    """A step on a tree before its verification, with one buffer of pages whose rows can be told apart."""
+
+    def write(builder: Builder, logits: fx.Node, draft_tokens: fx.Node, pages: fx.Node, table: fx.Node) -> list[fx.Node]:
+        tag(draft_tokens, "draft_tokens")
+        return [logits, builder.call(aten.neg.default, logits)]
+
+    nodes = FORKED.tree.num_nodes
+    return sketch(
+        [
+            Slot("input", "logits", (BATCH, nodes, VOCAB)), Slot("state", "draft_tokens", (BATCH, nodes), torch.int64),
+            Slot("state", "k_pages.0", (1 + BATCH * PAGES_PER_ROW, PAGE, 1, 1)),
+            Slot("state", "page_table", (BATCH, PAGES_PER_ROW), torch.int32),
+        ],
+        write,
+    )  # fmt: skip
+
+
+def _slots(state: dict[str, Tensor], row: int) -> list[float]:
+    """What stands in the cache of a row, slot by slot."""
+    return state["k_pages.0"][state["page_table"][row].long()].flatten().tolist()
+
+
+def _walk(wanted: list[int], ids: list[int], parents: list[int]) -> list[int]:
+    """The nodes that are accepted, the root first: from node to the first child that carries what is wanted there."""
+    path = [0]
+    while len(path) <= FORKED.tree.max_draft_len:
+        children = [n for n, parent in enumerate(parents) if parent == path[-1] and ids[n] == wanted[path[-1]]]
+        if not children:
+            break
+        path.append(children[0])
+    return path
+
+
+def _parents() -> st.SearchStrategy[list[int]]:
+    return st.tuples(st.just(-1), *[st.integers(-1, node - 1) for node in range(1, FORKED.tree.num_nodes)]).map(list)
+
+
+def _check_tree(module: fx.GraphModule, trees: tuple[list[int], list[int]], seed: int) -> None:
+    """The accepted path and the bonus token are emitted, its rows move to the front, its ranks are counted."""
+    generator = torch.Generator().manual_seed(seed)
+    state = new_state(module)
+    _fill(state, generator, [5, 9], [5, 9])
+    state["limits"].fill_(30)
+    state["eos_ids"].fill_(-1)
+    state["page_table"].copy_(torch.randperm(BATCH * PAGES_PER_ROW, generator=generator).reshape(BATCH, -1) + 1)
+    state["k_pages.0"].copy_(torch.arange(state["k_pages.0"].numel()).reshape(state["k_pages.0"].shape))
+    state["draft_tokens"].copy_(torch.randint(0, 3, state["draft_tokens"].shape, generator=generator))
+    state["tree_parents"].copy_(torch.tensor(trees))
+    logits = torch.randn(BATCH, FORKED.tree.num_nodes, VOCAB, generator=generator)
+    logits[..., :3] += 4  # a small alphabet: long paths are accepted, and siblings may carry the same token
+    before = [_slots(state, row) for row in range(BATCH)]
+    emitted, untouched = evaluate(module, {"logits": logits, **state})
+    assert torch.equal(untouched, -logits)
+    ranks = [0] * RANKS
+    for row, (parents, start) in enumerate(zip(trees, (5, 9), strict=True)):
+        wanted, ids = logits[row].argmax(-1).tolist(), state["draft_tokens"][row].tolist()
+        path = _walk(wanted, ids, parents)
+        tokens = [*[ids[node] for node in path[1:]], wanted[path[-1]]]
+        assert [token for token in emitted[row].tolist() if token >= 0] == tokens
+        assert state["tokens"][row, start + 1 : start + 1 + len(tokens)].tolist() == tokens
+        assert int(state["kv_lens"][row]) == start + len(path)
+        kept = [before[row][start + node] for node in path]
+        assert _slots(state, row)[: start + len(path)] == [*before[row][:start], *kept]
+        for node in path[1:]:
+            ranks[parents[:node].count(parents[node])] += 1
+    assert state["rank_counts"].tolist() == [sum(parent >= 0 for tree in trees for parent in tree), *ranks]
+
+
+@settings(max_examples=40)
+@given(trees=st.tuples(_parents(), _parents()), seed=st.integers(0, 1000))
+def test_meaning_of_a_step_on_a_tree(trees: tuple[list[int], list[int]], seed: int) -> None:
+    _check_tree(after(_tree_graph(), VERIFY_TREE), trees, seed)
+
+
+@pytest.mark.parametrize("op", [compact_kv, count_ranks], ids=lambda op: op.name)
+def test_a_tree_that_is_verified_as_a_chain_is_seen(op: KernelOp) -> None:
+    """Nothing is moved, or nothing is counted."""
+    module = after(_tree_graph(), VERIFY_TREE)
+    module.graph.erase_node(next(calls(module, op)))
+    module.recompile()
+    with pytest.raises(AssertionError):
+        _check_tree(module, ([-1, 0, 0, 0, 2, 3, 3], [-1, 0, 0, 0, 2, 3, 3]), 3)
+
+
+def test_a_tree_again_finds_nothing() -> None:
+    assert [record.count for record in apply(_tree_graph(), VERIFY_TREE, VERIFY_TREE)] == [1, 0]
+
+
+def test_only_a_tree_moves_rows(sizes: StateShape) -> None:
+    assert not any(calls(after(_step_graph(), VerifyDraft(sizes=sizes, draft_len=DRAFTS)), compact_kv))
+    assert len(list(calls(after(_tree_graph(), VERIFY_TREE), compact_kv))) == 1
 
 
 def test_a_step_without_draft_tokens_is_a_broken_invariant(sizes: StateShape) -> None:

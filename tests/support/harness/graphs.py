@@ -134,10 +134,10 @@ def tiny_head(num_taps: int, draft_vocab: int) -> TinyHead:
     return TinyHead(head, first, following, weights | more)
 
 
-def sketch(slots_: list[Slot], write: Callable[..., Any]) -> fx.GraphModule:
+def sketch(slots_: list[Slot], write: Callable[..., Any], device: str = "cpu") -> fx.GraphModule:
     """A static graph over these slots; `write(builder, *placeholders)` emits its nodes and returns the outputs."""
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())
-    module.meta.update(device=torch.device("cpu"), fake_mode=FakeTensorMode(allow_non_fake_inputs=True))
+    module.meta.update(device=torch.device(device), fake_mode=FakeTensorMode(allow_non_fake_inputs=True))
     output = module.graph.output(())
     placeholders = [declare(module, slot) for slot in slots_]
     results = write(Builder(module, output, "sketch"), *placeholders)

@@ -104,13 +104,22 @@ class Spliced:
             evaluate(graph, {**weights, **state})
         for row in range(BATCH):
             ids = _committed(state, row)
-            assert ids[: len(ids) - lengths[row]] or steps == 0, "nothing was emitted"
+            assert len(ids) >= min(lengths[row] + 1 + steps, LIMIT), "a step emitted nothing"
             if not bool(state["finished"][row]):
                 deepest = LIMIT - len(ids)
                 paths = grown(lambda path, ids=ids: self.scores(ids, path), self.tree, deepest)
                 expected = {path for path in paths if len(path) <= deepest}
                 got = drafted(state, row)
                 assert got == expected, f"row {row} drafts {sorted(got)}, growing it gives {sorted(expected)}"
+
+    def fails(self) -> bool:
+        """Whether a check of a few runs finds a planted bug."""
+        for seed in range(6):
+            try:
+                self.check(seed, (4, 7), 3)
+            except AssertionError:
+                return True
+        return False
 
     def _start(self, seed: int, lengths: Sequence[int]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)

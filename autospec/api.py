@@ -17,7 +17,7 @@ from autospec.capture_head import capture_head
 from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, Speculation, parse_speculation, tree_of
 from autospec.errors import CapacityError, OptionError
 from autospec.kernels.noise import row_key
-from autospec.loading import check_causal_lm, check_draft, check_head, draft_layers, load_draft_head, load_model
+from autospec.loading import check_causal_lm, check_children, check_draft, check_head, draft_layers, load_draft_head, load_model
 from autospec.lower import limit_threads
 from autospec.pipeline import left_out
 from autospec.program import CapturedModel, Program, Shape
@@ -261,6 +261,7 @@ def optimize(
     if isinstance(chosen, DraftTargetConfig):
         draft_module = load_model(chosen.speculative_model, "speculative_model", like=module)
         check_draft(module, draft_module)
+        check_children(chosen, target.facts.vocab_size)
         with draft_layers(draft_module, chosen.num_draft_layers):
             draft = capture_model(draft_module, "draft")
     defaults = module.generation_config.to_dict() if getattr(module, "generation_config", None) is not None else {}

@@ -74,6 +74,7 @@ class NGramConfig:
     def __post_init__(self) -> None:
         _positive(self, "max_draft_len", self.max_draft_len)
         _ngram_size(self, self.max_matching_ngram_size)
+        tree_of(self)  # which refuses one that is too long
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ class AutoConfig:
                 where="AutoConfig",
                 help="for example draft_lens=(0, 2, 4, 8)",
             )
+        tree_of(self)
 
 
 Ranking = DraftTargetConfig | Eagle3Config | MedusaConfig

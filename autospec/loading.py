@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autospec.capture import text_config
-from autospec.config import Eagle3Config, MedusaConfig
+from autospec.config import Eagle3Config, MedusaConfig, Ranking
 from autospec.errors import CaptureError, CheckpointError, OptionError
 from autospec.heads.checkpoint import load_head
 from autospec.program import CapturedHead
@@ -120,10 +120,16 @@ def check_head(config: Eagle3Config | MedusaConfig, head: CapturedHead) -> None:
             f"a draft of {tree.max_draft_len} levels needs as many heads, there are {head.max_draft_len}",
             at=f"max_draft_len={tree.max_draft_len}", where=name, help=f"use at most {head.max_draft_len} levels",
         )  # fmt: skip
+    check_children(config, head.facts.vocab_size)
+
+
+def check_children(config: Ranking, draft_vocab_size: int) -> None:
+    """No node can have more children than the draft knows tokens."""
+    tree = config.tree
     widest = max(tree.children_at(level) for level in range(tree.max_draft_len))
-    if widest > head.facts.vocab_size:
-        raise OptionError(f"{widest} children of a node are asked for, the draft knows {head.facts.vocab_size} tokens",
-                          at=str(tree), where=name, help="use fewer children")  # fmt: skip
+    if widest > draft_vocab_size:
+        raise OptionError(f"{widest} children of a node are asked for, the draft knows {draft_vocab_size} tokens",
+                          at=str(tree), where=type(config).__name__, help="use fewer children")  # fmt: skip
 
 
 def _layer_lists(module: torch.nn.Module, depth: int) -> Iterator[tuple[torch.nn.Module, str, torch.nn.ModuleList]]:

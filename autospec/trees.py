@@ -82,6 +82,7 @@ class DraftTree:
 
 def chain(max_draft_len: int) -> DraftTree:
     """A draft without branches."""
+    _few_enough(max_draft_len, "max_draft_len")
     return DraftTree(max_draft_len, max_draft_len)
 
 

@@ -202,7 +202,7 @@ def _configs() -> dict[str, tuple[Callable[[], Any], str]]:
     ngram, draft, auto = autospec.NGramConfig, autospec.DraftTargetConfig, autospec.AutoConfig
     return {
         "typo": (lambda: ngram(max_draft_length=3), "did you mean 'max_draft_len'?"),
-        "surplus": (lambda: ngram(1, 2, False, 4), "NGramConfig takes at most 3 options, got 4"),
+        "surplus": (lambda: ngram(1, 2, False, 4), "NGramConfig takes at most 3 options without a name, got 4"),
         "no drafts": (lambda: ngram(0), "max_draft_len must be a positive integer, got 0"),
         "half a draft": (lambda: ngram(1.5), "max_draft_len must be a positive integer, got 1.5"),
         "n-gram of one": (lambda: ngram(4, 1), "max_matching_ngram_size must be at least 2"),
@@ -210,7 +210,7 @@ def _configs() -> dict[str, tuple[Callable[[], Any], str]]:
         "no plain step": (lambda: auto((2, 4)), "with 0 among them"),
         "unsorted": (lambda: auto((0, 4, 2)), "draft_lens must be a tuple of integers"),
         "no lengths": (lambda: auto(("a", 0)), "draft_lens must be a tuple of integers"),
-        "no draft": (lambda: draft(None), "DraftTargetConfig needs a draft model"),
+        "no draft": (lambda: draft(None), "DraftTargetConfig needs a draft"),
         "no layers": (lambda: draft("x", num_draft_layers=0), "num_draft_layers must be a positive integer, got 0"),
         "draft typo": (lambda: draft("x", max_draft_ln=3), "did you mean 'max_draft_len'?"),
     }

@@ -158,27 +158,29 @@ def draw(results: list[Result], path: str, title: str) -> None:
     import matplotlib.pyplot as plt
 
     colours = ["#8d99ae", "#457b9d", "#2a9d8f", "#e76f51", "#e9c46a", "#6d597a", "#b56576"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.55 * len(results)), width_ratios=(3, 2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.45 * len(results)), width_ratios=(3, 2), layout="constrained")
     names = [result.name for result in results]
     speeds = [result.tokens_per_second for result in results]
     bars = left.barh(names, speeds, color=colours[: len(results)], height=0.62)
-    labels = [f"{speed:,.0f} tokens/s  ({speed / speeds[0]:.1f}x)" for speed in speeds]
+    labels = [
+        f"{speed:,.0f} tokens/s  ({speed / speeds[0]:.1f}x)"
+        + (f", {1 + sum(result.acceptance):.2f} a step" if result.acceptance else "")
+        for speed, result in zip(speeds, results, strict=True)
+    ]
     left.bar_label(bars, labels, padding=5, fontsize=9)
-    left.set_xlim(0, max(speeds) * 1.45)
+    left.set_xlim(0, max(speeds) * 1.75)
     left.invert_yaxis()
     left.set_xlabel("tokens per second, identical tokens")
     left.spines[["top", "right"]].set_visible(False)
     for result, colour in zip(results, colours, strict=False):
         if result.acceptance:
-            label = f"{result.name.removeprefix('autospec ')}: {1 + sum(result.acceptance):.2f} tokens per step"
-            right.plot(range(1, len(result.acceptance) + 1), result.acceptance, marker="o", color=colour, label=label)
+            right.plot(range(1, len(result.acceptance) + 1), result.acceptance, marker="o", color=colour)
     right.set_ylim(0, 1)
     right.set_xlabel("depth in the draft")
-    right.set_ylabel("accepted")
+    right.set_ylabel("accepted (colours as on the left)")
     right.xaxis.get_major_locator().set_params(integer=True)
     right.grid(alpha=0.25)
     right.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)

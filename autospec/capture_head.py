@@ -13,11 +13,13 @@ from autospec.capture import EXAMPLE_SHAPE, with_slots
 from autospec.errors import CaptureError, OptionError
 from autospec.heads.eagle3 import Eagle3Head
 from autospec.heads.medusa import MedusaHeads
-from autospec.ir.match import calls
+from autospec.ir.match import calls, operand
+from autospec.ir.roles import the
 from autospec.ir.runner import run_stages
 from autospec.ir.sizes import constants_of
+from autospec.ir.slots import find_slot
 from autospec.kernels.attention import attention
-from autospec.passes.tap_hidden_states import missing_taps
+from autospec.passes.tap_hidden_states import layer_outputs, missing_taps
 from autospec.program import CapturedHead, CapturedModel, ModelFacts
 
 
@@ -49,7 +51,25 @@ def capture_head(head: Any, target: CapturedModel) -> CapturedHead:
     for reason in missing_taps(target.graph, captured.tap_after):
         raise CaptureError(reason, at=f"tap_after={captured.tap_after}", where=target.facts.name,
                            help="a draft head needs hidden states that this model's graph does not show")  # fmt: skip
+    _check_fits(captured, target)
     return captured
+
+
+def _check_fits(head: CapturedHead, target: CapturedModel) -> None:
+    """The head reads hidden states as wide as the target's, and guesses tokens that the target has."""
+    outputs, taps = layer_outputs(target.graph), find_slot(head.first, "taps")
+    tapped = [outputs[layer] for layer in head.tap_after] or [operand(the(target.graph, "lm_head"))]
+    assert taps is not None, "a head reads taps"
+    ours, theirs = int(taps.meta["val"].shape[-1]), sum(int(node.meta["val"].shape[-1]) for node in tapped)
+    known = head.facts.vocab_size if head.d2t is None else int((torch.arange(len(head.d2t)) + head.d2t.cpu()).max()) + 1
+    if ours != theirs:
+        reason = f"the head reads {ours} hidden values per token, the target's layers leave {theirs}"
+    elif known > target.facts.vocab_size:
+        reason = f"the head guesses among {known} tokens, the target knows {target.facts.vocab_size}"
+    else:
+        return
+    raise OptionError(reason, at="speculative_model", where="autospec.optimize",
+                      help="use a head that was trained for this target")  # fmt: skip
 
 
 def _capture_eagle3(head: Eagle3Head, target: CapturedModel) -> CapturedHead:

@@ -10,6 +10,7 @@ the host looks at every step: acceptance, outside of repetition loops too and by
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from autospec.api import Limits, OptimizedModel, optimize
 from autospec.benching.picture import draw
 from autospec.benching.record import recorded
 from autospec.benching.results import Bench, Parts, Run
-from autospec.benching.steps import only_step, step_seconds, verify_only
+from autospec.benching.steps import clocked, only_step, step_seconds, verify_only
 from autospec.benching.sweep import SWEPT, Sweep, sweep
 from autospec.benching.text import as_json, sweep_table, table
 from autospec.cli import model_arguments, speculation_of
@@ -96,16 +97,15 @@ def speculations(arguments: Sequence[str]) -> list[tuple[str, Speculation]]:
     model = made.parse_args(arguments).model
     starts = [i for i, word in enumerate(arguments) if word == OPTION or word.startswith(OPTION + "=")]
     common = list(arguments[: starts[0]] if starts else arguments)
-    groups = [list(arguments[a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    groups = [list(arguments[a:b]) for a, b in itertools.pairwise([*starts, len(arguments)])]
     if not starts:
         groups = [[OPTION, name] for name in (DEMO_DRAFTERS if model == DEMO else ("ngram",))]
     found: list[tuple[str, Speculation]] = []
     for group in groups:
         # The model may stand among the common options or behind a drafter; here a second one is of no interest.
         asked = made.parse_known_args([model, *(word for word in common if word != model), *group])[0]
-        chosen = parse_speculation(speculation_of(asked))
-        if chosen is not None:
-            found.append((asked.speculation, chosen))
+        if asked.speculation != "none":
+            found.append((asked.speculation, parse_speculation(speculation_of(asked))))
     return found
 
 
@@ -159,18 +159,24 @@ def build(
 def time_runs(runs: Sequence[Run], prompts: Sequence[list[int]], options: Any, repeats: int) -> None:
     """Every run on every prompt in turn, so that a slow moment of the machine hits all of them alike."""
     for prompt in tqdm(prompts, desc="decoding", leave=False):
-        samples: list[list[tuple[float, float]]] = [[] for _ in runs]
+        samples: list[list[float]] = [[] for _ in runs]
         for repeat in range(repeats):
             for one, times in zip(runs, samples, strict=True):
                 output = one.fast.generate([prompt], **options)[0, len(prompt) :].tolist()
-                metrics = one.fast.metrics
-                times.append((metrics.seconds, metrics.seconds - metrics.first_token_seconds))
+                times.append(one.fast.metrics.seconds)
                 if repeat == 0:
                     one.outputs.append(output)
-                    one.metrics.append(metrics)
+                    one.metrics.append(one.fast.metrics)
         for one, times in zip(runs, samples, strict=True):
-            one.seconds.append(statistics.median(whole for whole, _ in times))
-            one.decode_seconds.append(statistics.median(decoding for _, decoding in times))
+            one.seconds.append(statistics.median(times))
+            one.glue_seconds.append(_glue(one.fast, prompt, options))
+
+
+def _glue(fast: OptimizedModel, prompt: list[int], options: Any) -> float:
+    """Seconds of one run after the first token that no step accounts for."""
+    with clocked(fast.session) as times:
+        fast.generate([prompt], **options)
+    return fast.metrics.seconds - fast.metrics.first_token_seconds - sum(times)
 
 
 def split_steps(runs: Sequence[Run], prompts: Sequence[list[int]]) -> None:
@@ -195,13 +201,13 @@ def split_steps(runs: Sequence[Run], prompts: Sequence[list[int]]) -> None:
         pairs = [(seconds[2 * i : 2 * i + 2], one.launches[n]) for i, (owner, n) in enumerate(owners) if owner is one]
         whole_mean, verify = (sum(pair[k] * times for pair, times in pairs) / count for k in (0, 1))
         verify = whole_mean if one.is_plain else verify
-        one.parts = Parts(verify, whole_mean - verify, sum(one.decode_seconds) / count - whole_mean)
+        one.parts = Parts(verify, whole_mean - verify, sum(one.glue_seconds) / count)
 
 
 def _sweeps(asked: argparse.Namespace, runs: Sequence[Run], prompts: Sequence[list[int]], options: Any) -> list[Sweep]:
     """One sweep for each drafter, however many trees of it were asked for."""
     plain, found = runs[0], {}
-    glue = max(0.0, plain.parts.glue) if plain.parts else 0.0
+    glue = plain.parts.glue if plain.parts else 0.0
     for one in runs[1:]:
         if one.asked not in found and isinstance(one.fast.speculation, SWEPT):
             found[one.asked] = sweep(one.asked, one.fast, prompts, plain.outputs, options, nodes=asked.sweep_nodes,

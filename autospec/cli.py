@@ -124,6 +124,7 @@ def speculation_of(asked: argparse.Namespace) -> Any:
     if given:
         option = "--" + next(name for name in given if name != "max_draft_len" or len(given) == 1).replace("_", "-")
         raise OptionError(f"{option} needs a drafter that takes it, not '{asked.speculation}'", at=option,
+                          where=f"--speculation {asked.speculation}",
                           help="add --speculation draft:MODEL, eagle3:HEAD or medusa:HEAD")  # fmt: skip
     return None if asked.speculation == "none" else asked.speculation
 

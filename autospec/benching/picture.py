@@ -30,7 +30,7 @@ def draw(bench: Bench, file: Path) -> None:
     rows = math.ceil(count / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5.6 * columns, 4.2 * rows), layout="constrained", squeeze=False)
     places = list(axes.flat)
-    _bars(places[0], bench.runs)
+    _bars(places[0], bench)
     shades = ScalarMappable(Normalize(0, 1), "YlGnBu")
     for axis, run in zip(places[1:], drafted, strict=False):
         _draft(axis, run, shades)
@@ -43,12 +43,13 @@ def draw(bench: Bench, file: Path) -> None:
         bar.set_label("accepted, of the nodes verified there", fontsize=9)
         bar.outline.set_visible(False)
     facts = bench.title
-    figure.suptitle(", ".join(str(facts[name]) for name in ("model", "dtype", "device", "torch", "decoding")), fontsize=11)
+    figure.suptitle(", ".join(str(facts[name]) for name in ("model", "dtype", "device", "torch")), fontsize=11)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
-def _bars(axis: Any, runs: list[Run]) -> None:
+def _bars(axis: Any, bench: Bench) -> None:
+    runs, facts = bench.runs, bench.title
     speeds = [run.tokens_per_second for run in runs]
     bars = axis.barh(range(len(runs)), speeds, color=[BARS[i % len(BARS)] for i in range(len(runs))], height=0.5)
     labels = [f"{speed:,.0f}  ({speed / speeds[0]:.2f}x)" for speed in speeds]
@@ -60,6 +61,7 @@ def _bars(axis: Any, runs: list[Run]) -> None:
     axis.set_yticks([])
     same = "identical tokens" if all(run.equals(runs[0]) for run in runs) else "TOKENS DIFFER"
     axis.set_xlabel(f"tokens per second, {same}")
+    axis.set_title(f"{facts['prompts']}, {facts['new_tokens']}\n{facts['decoding']}, {facts['compile']}", fontsize=9.5, color=INK)
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
@@ -147,7 +149,8 @@ def _grid(axis: Any, rates: dict[Key, NodeRate], shades: Any) -> None:
 def _sweep(axis: Any, swept: Sweep) -> None:
     """Predicted tokens/s by the nodes that a step verifies."""
     axis.axhline(swept.plain.tokens_per_second, color=BARS[0], linewidth=1.2)
-    axis.text(1, swept.plain.tokens_per_second, "plain", fontsize=8, color=BARS[0], va="bottom")
+    axis.text(0.99, swept.plain.tokens_per_second, "plain", fontsize=8, color=BARS[0], va="bottom", ha="right",
+              transform=axis.get_yaxis_transform())  # fmt: skip
     for kind, colour in (("chain", BARS[1]), ("tree", BARS[3])):
         points = [(row.nodes, getattr(row, kind)) for row in swept.rows if getattr(row, kind) is not None]
         if not points:
@@ -156,7 +159,7 @@ def _sweep(axis: Any, swept: Sweep) -> None:
                   label="best chain of at most N" if kind == "chain" else "best tree of N")  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.set_xticks([row.nodes for row in swept.rows], [str(row.nodes) for row in swept.rows])
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     axis.set_title(f"{swept.asked}: predicted\nbest: {swept.best.tree}", fontsize=9.5, color=INK)
     axis.set_xlabel("nodes verified per step (N)")
     axis.set_ylabel("tokens per second")

@@ -33,7 +33,8 @@ class Run:
         name: for people.
         asked: the --speculation that asks for it; "": plain.
         outputs: new tokens by prompt.
-        seconds, decode_seconds: of each prompt, the median; the second leaves out everything before the first token.
+        seconds: of each prompt, the median.
+        glue_seconds: of each prompt, what passed outside of its steps after the first token.
         metrics: what the device counted, by prompt.
         steps: what the host saw, by prompt, in a run that was not timed.
     """
@@ -43,7 +44,7 @@ class Run:
     fast: OptimizedModel
     outputs: list[list[int]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    decode_seconds: list[float] = field(default_factory=list)
+    glue_seconds: list[float] = field(default_factory=list)
     metrics: list[Metrics] = field(default_factory=list)
     steps: list[list[Step]] = field(default_factory=list)
     parts: Parts | None = None

@@ -3,19 +3,20 @@
 A part is timed by leaving the others out. `verify_only` builds the step without its drafter: the target over the same
 nodes with the same mask, choosing, accepting, committing. So
 
-    draft = whole step - verify-only step         (catching up, growing the tree, storing it)
-    glue  = wall time per step of a real run - whole step     (the host: launching, reading tokens, stopping)
+    draft = whole step - verify-only step      (catching up, growing the tree, storing it)
+    glue  = wall time of a real run that passes outside of its steps, by step      (the host: reading tokens, stopping)
 
-All steps are timed on one live row whose cache is filled to the middle of a typical output; its small state is put back
-before every call, so each call does the same work. Calls to all steps alternate and medians are taken, so that a slow
-moment of the machine hits all of them alike.
+Whole and verify-only steps are timed on one live row whose cache is filled to the middle of a typical output; its small
+state is put back before every call, so each call does the same work. Steps take turns and medians are taken, so that a
+slow moment of the machine hits all of them alike. A difference within the machine's noise can come out negative.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from autospec.ir.sizes import constants_of
 from autospec.lower import lower
 from autospec.program import SCRATCH_PAGES, CapturedModel, Program, Shape
 from autospec.runtime.replay import as_cuda_graph
+from autospec.runtime.session import Session
 from autospec.trees import DraftTree
 
 WARM_UPS = 3
@@ -95,6 +97,29 @@ class Frozen:
         self.step()
         _wait(self.state["tokens"].device)
         return time.perf_counter() - start
+
+
+@contextmanager
+def clocked(session: Session) -> Iterator[list[float]]:
+    """The seconds of every step that the session runs inside the block, with the device idle around each."""
+    times: list[float] = []
+    original, device = session.steps, session.program.facts.device
+
+    def clock(run: Callable[[], object]) -> Callable[[], object]:
+        def step() -> object:
+            start = time.perf_counter()
+            result = run()
+            _wait(device)
+            times.append(time.perf_counter() - start)
+            return result
+
+        return step
+
+    session.steps = {length: clock(run) for length, run in original.items()}
+    try:
+        yield times
+    finally:
+        session.steps = original
 
 
 def step_seconds(programs: Sequence[Program], tokens: Sequence[int], samples: int = SAMPLES) -> list[float]:

@@ -95,10 +95,11 @@ def _verdict(swept: Sweep, model: str) -> list[str]:
         better = [r.nodes for r in swept.rows if r.tree and r.tree.tokens_per_second > line.tokens_per_second]
         fair = [r.nodes for r in swept.rows if r.tree and r.chain and _winner(r.chain, r.tree) == "tree"]
         lines.append(
-            f"a tree beats the best chain of any length at N = {_listed(better)}" if better
+            f"a tree beats the best chain of any length ({_short(line)}) at N = {_listed(better)}" if better
             else f"no tree beats the best chain ({_short(line)}) in wall clock on this machine"
         )  # fmt: skip
-        lines.append(f"a tree beats the best chain that verifies no more nodes at N = {_listed(fair)}")
+        if fair != better:
+            lines.append(f"a tree beats the best chain that verifies no more nodes at N = {_listed(fair)}")
     if not best.tree.max_draft_len:
         return [*lines, "best: plain decoding; no draft of this drafter pays here"]
     gain = best.tokens_per_second / swept.plain.tokens_per_second
@@ -107,7 +108,8 @@ def _verdict(swept: Sweep, model: str) -> list[str]:
 
 
 def _listed(sizes: list[int]) -> str:
-    return ", ".join(map(str, sizes)) or "none"
+    """Sizes as in a sentence."""
+    return ", ".join(map(str, sizes))
 
 
 def as_json(bench: Bench) -> dict[str, Any]:

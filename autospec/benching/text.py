@@ -28,7 +28,14 @@ def table(bench: Bench) -> str:
         )
     lines += ["", "accepted: mean acceptance length, bonus token included; no loops: of the steps before the output repeats"]
     lines += ["itself; nodes: draft nodes verified per step; verify, draft and glue add up to a step.", ""]
+    if any(_is_disturbed(run) for run in bench.runs):
+        lines += ["the machine was busy while steps were timed: they took longer than the runs they are part of", ""]
     return "\n".join(lines + [line for run in bench.runs[1:] for line in _rates(run)])
+
+
+def _is_disturbed(run: Run) -> bool:
+    """All steps together took half as long again as the whole run, so the machine changed in between."""
+    return run.parts is not None and sum(run.launches.values()) * run.parts.step > 1.5 * sum(run.seconds)
 
 
 def _length(counted: Acceptance) -> str:

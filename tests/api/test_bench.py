@@ -17,7 +17,7 @@ from harness.text import char_tokenizer
 from autospec import bench
 from autospec.api import Limits, OptimizedModel
 from autospec.benching import picture, record, steps, sweep, text
-from autospec.benching.results import Run
+from autospec.benching.results import Parts, Run
 from autospec.cli import main
 from autospec.config import DraftTargetConfig, Eagle3Config, NGramConfig
 from autospec.errors import AutospecError, CheckpointError, OptionError
@@ -253,6 +253,14 @@ def test_what_a_sweep_concludes() -> None:
     loses = text.sweep_table(_swept({4: 1.9, 8: 1.8}), "m")
     assert "no tree beats the best chain (L=2) in wall clock on this machine" in loses
     assert loses.endswith("autospec bench m --speculation eagle3:h --max-draft-len 2")
+
+
+def test_a_busy_machine_is_told() -> None:
+    run = measured("plain")
+    title = dict.fromkeys(("model",), "")
+    for step, is_told in ((0.1 * sum(run.seconds), True), (0.0, False)):
+        run.parts = Parts(step, 0.0, 0.0)
+        assert ("the machine was busy" in text.table(bench.Bench(title, [run], []))) == is_told
 
 
 def test_times_between_sizes_lie_on_lines() -> None:

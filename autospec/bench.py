@@ -278,7 +278,7 @@ def _title(asked: argparse.Namespace, module: Any, prompts: int) -> dict[str, st
     return {
         "model": asked.model, "dtype": str(weight.dtype).removeprefix("torch."), "device": where,
         "torch": f"torch {torch.__version__}", "compile": asked.compile, "decoding": f"{how}, batch 1",
-        "prompts": f"{prompts} prompts", "new_tokens": f"{asked.new_tokens} new tokens each",
+        "prompts": f"{prompts} prompt{'s' * (prompts > 1)}", "new_tokens": f"{asked.new_tokens} new tokens each",
     }  # fmt: skip
 
 

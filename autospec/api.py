@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,8 @@ class OptimizedModel:
     metrics: Metrics = field(default_factory=Metrics)
     _sessions: dict[Shape, Session] = field(default_factory=dict, repr=False)
     _weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
+    _is_running: bool = field(default=False, repr=False, compare=False)
 
     @property
     def program(self) -> Program:
@@ -112,6 +116,25 @@ class OptimizedModel:
         if streamer is not None and len(requests) > 1:
             raise OptionError("a streamer takes one row", at=f"{len(requests)} rows", where="generate",
                               help="generate the rows one at a time, or without a streamer")  # fmt: skip
+        with self._alone():
+            return self._generate(ids, requests, asked, streamer)
+
+    __call__ = generate
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Calls share caches and state: another thread waits, a streamer that calls generate again is refused."""
+        with self._lock:
+            if self._is_running:
+                raise OptionError("generate was called again from inside a call, by its streamer", at="generate",
+                                  where=self.target.facts.name, help="call it after the first one returned")  # fmt: skip
+            self._is_running = True
+            try:
+                yield
+            finally:
+                self._is_running = False
+
+    def _generate(self, ids: Tensor, requests: list[Request], asked: GenerateOptions, streamer: Any) -> Tensor:
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         sampling = any(request.sampling.needs_scores for request in requests)
         rows = self._rows_at_once(len(requests), longest, sampling)
@@ -128,8 +151,6 @@ class OptimizedModel:
             if streamer is not None:
                 streamer.end()
         return _assemble(ids, requests, asked)
-
-    __call__ = generate
 
     def _requests(self, ids: Tensor, prompts: list[list[int]], asked: GenerateOptions) -> list[Request]:
         facts = self.target.facts

@@ -93,11 +93,19 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto, ngram, none, draft:MODEL for an external draft model, eagle3:HEAD or medusa:HEAD (default auto)",
     )
     parser.add_argument("--max-draft-len", type=int, default=None, help="draft tokens per step, or levels of a tree")
-    parser.add_argument("--eagle-choices", type=json.loads, default=None, metavar="JSON",
+    parser.add_argument("--eagle-choices", type=_paths, default=None, metavar="JSON",
                         help="a static draft tree as paths of child ranks, such as [[0],[1],[0,0]]")  # fmt: skip
     parser.add_argument("--dynamic-tree-max-topk", type=int, default=None, metavar="K", help="grow a dynamic draft tree")
     parser.add_argument("--max-total-draft-tokens", type=int, default=None, metavar="M", help="nodes of a dynamic tree")
     parser.add_argument("--compile", default="inductor", choices=("inductor", "eager"))
+
+
+def _paths(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise OptionError(f"--eagle-choices is no JSON: {error}", at=text[:60], where="autospec",
+                          help="for example --eagle-choices '[[0],[1],[0,0]]'") from None  # fmt: skip
 
 
 def _train_arguments(verbs: Any) -> None:
@@ -117,7 +125,10 @@ def speculation_of(asked: argparse.Namespace) -> Any:
     given: dict[str, Any] = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     kind, _, source = asked.speculation.partition(":")
     ranking = {"draft": DraftTargetConfig, "eagle3": Eagle3Config, "medusa": MedusaConfig}
-    if kind in ranking and source:
+    if kind in ranking and not source:
+        raise OptionError(f"--speculation {kind} needs the draft's folder or hub id", at=f"--speculation {asked.speculation}",
+                          where="autospec", help=f"write {kind}:PATH, such as eagle3:bundled:eagle3")  # fmt: skip
+    if kind in ranking:
         return ranking[kind](resolve(source), **given)
     if asked.speculation == "ngram" and set(given) <= {"max_draft_len"}:
         return NGramConfig(**given)

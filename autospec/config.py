@@ -21,6 +21,8 @@ def _checked(cls: type[T]) -> type[T]:
     """Turn a misspelt or surplus option into an OptionError that suggests the right one."""
     plain_init: Any = cls.__init__
     names = [one.name for one in dataclasses.fields(cls) if one.init]  # type: ignore[arg-type]
+    missing_default = dataclasses.MISSING
+    required = [one.name for one in dataclasses.fields(cls) if one.init and one.default is missing_default]  # type: ignore[arg-type]
     in_order = [one.name for one in dataclasses.fields(cls) if one.init and not one.kw_only]  # type: ignore[arg-type]
 
     def __init__(self: Any, *args: Any, **options: Any) -> None:
@@ -31,6 +33,10 @@ def _checked(cls: type[T]) -> type[T]:
             raise OptionError(f"{cls.__name__} takes at most {len(in_order)} options without a name, got {len(args)}",
                               at=repr(args[len(in_order)]), where=cls.__name__,
                               help=f"they are {', '.join(in_order)}")  # fmt: skip
+        doubled = [name for name in in_order[: len(args)] if name in options]
+        missing = [name for name in required[len(args) :] if name not in options]
+        for name, what in [*((name, "given twice") for name in doubled), *((name, "missing") for name in missing)]:
+            raise OptionError(f"{name} is {what}", at=name, where=cls.__name__, help=f"give {name} once")
         plain_init(self, *args, **options)
 
     cls.__init__ = __init__  # type: ignore[method-assign]
@@ -94,7 +100,7 @@ class _Ranking:
     speculative_model: Any
     max_draft_len: int | None = None
     eagle_choices: Sequence[Sequence[int]] | None = field(default=None, kw_only=True)
-    use_dynamic_tree: bool = field(default=False, kw_only=True)
+    use_dynamic_tree: bool | None = field(default=None, kw_only=True)
     dynamic_tree_max_topk: int | None = field(default=None, kw_only=True)
     max_total_draft_tokens: int | None = field(default=None, kw_only=True)
     draft_temperature: float = field(default=1.0, kw_only=True)
@@ -118,6 +124,12 @@ class _Ranking:
         object.__setattr__(self, "max_draft_len", tree.max_draft_len)
 
     def _tree(self, name: str) -> DraftTree:
+        if self.use_dynamic_tree is not None and not isinstance(self.use_dynamic_tree, bool):
+            raise OptionError(f"use_dynamic_tree must be True or False, got {self.use_dynamic_tree!r}",
+                              at=f"use_dynamic_tree={self.use_dynamic_tree!r:.40}", where=name, help="or leave it out")  # fmt: skip
+        if self.use_dynamic_tree is False and self.dynamic_tree_max_topk is not None:
+            raise OptionError("dynamic_tree_max_topk belongs to a dynamic tree", at="use_dynamic_tree=False", where=name,
+                              help="leave out use_dynamic_tree, or dynamic_tree_max_topk")  # fmt: skip
         is_dynamic = self.use_dynamic_tree or self.dynamic_tree_max_topk is not None
         if self.eagle_choices is not None:
             if is_dynamic or self.max_total_draft_tokens is not None:

@@ -13,6 +13,7 @@ from autospec.capture import text_config
 from autospec.config import Eagle3Config, MedusaConfig, Ranking
 from autospec.errors import CaptureError, CheckpointError, OptionError
 from autospec.heads.checkpoint import load_head
+from autospec.model_zoo.bundled import resolve
 from autospec.program import CapturedHead
 
 
@@ -34,6 +35,7 @@ def load_model(model: Any, option: str, like: Any = None) -> Any:
                           help="load it with AutoModelForCausalLM.from_pretrained, or name its folder")  # fmt: skip
     from transformers import AutoModelForCausalLM
 
+    model = resolve(str(model))
     options: dict[str, Any] = {"dtype": "auto"}
     if like is not None:
         weight = next(like.parameters())
@@ -103,6 +105,11 @@ def load_draft_head(source: Any, target: Any) -> Any:
     """The head itself, or one loaded from a path or hub id for this target, on its device and in its dtype."""
     if isinstance(source, torch.nn.Module):
         return source
+    if not isinstance(source, (str, Path)):
+        raise OptionError(f"speculative_model must be a loaded head or a path, got {type(source).__name__}",
+                          at=f"speculative_model={source!r:.60}", where="autospec.optimize",
+                          help="name a head's folder or hub id")  # fmt: skip
+    source = resolve(str(source))
     weight = next(target.parameters())
     config, output = text_config(target), target.get_output_embeddings()
     return load_head(
@@ -115,6 +122,11 @@ def load_draft_head(source: Any, target: Any) -> Any:
 def check_head(config: Eagle3Config | MedusaConfig, head: CapturedHead) -> None:
     """The draft that is asked for must be one the head can make."""
     tree, name = config.tree, type(config).__name__
+    is_medusa = head.following is None
+    if is_medusa != isinstance(config, MedusaConfig):
+        kind, other = ("Medusa heads", "MedusaConfig") if is_medusa else ("an EAGLE-3 head", "Eagle3Config")
+        raise OptionError(f"{name} was given {kind}", at=f"speculative_model={config.speculative_model!r:.60}", where=name,
+                          help=f"use autospec.{other}")  # fmt: skip
     if head.max_draft_len is not None and tree.max_draft_len > head.max_draft_len:
         raise OptionError(
             f"a draft of {tree.max_draft_len} levels needs as many heads, there are {head.max_draft_len}",

@@ -21,15 +21,14 @@ def ancestors(tree_parents: Tensor) -> Tensor:
     batch, q_len = tree_parents.shape
     node = torch.arange(q_len, device=tree_parents.device)
     parents = tree_parents.long()
-    parents = torch.where((parents >= 0) & (parents < node[None, :]), parents, -1)
-    rows = [(node == 0)[None, :].expand(batch, -1)]
-    for i in range(1, q_len):
-        parent = parents[:, i]
-        seen = torch.stack(rows, dim=1).gather(1, parent.clamp(min=0)[:, None, None].expand(-1, 1, q_len))[:, 0]
-        # The root sees itself, so a parent that does not see the root is absent, and so is its child.
-        present = (parent >= 0) & seen[:, 0]
-        rows.append((seen & present[:, None]) | (node == i)[None, :])
-    return torch.stack(rows, dim=1)
+    # Jumps of 1, 2, 4, ... nodes: the root and absent nodes jump to themselves, so that a walk ends there.
+    jump = torch.where((parents >= 0) & (parents < node[None, :]), parents, node[None, :])
+    own = (node[:, None] == node[None, :])[None].expand(batch, -1, -1)
+    seen = own
+    for _ in range((q_len - 1).bit_length()):
+        seen = seen | seen.gather(1, jump[:, :, None].expand(-1, -1, q_len))
+        jump = jump.gather(1, jump)
+    return torch.where(seen[:, :, :1], seen, own)  # who does not reach the root is absent
 
 
 @kernel_op()

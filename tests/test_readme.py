@@ -33,9 +33,26 @@ def test_the_first_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "page-kv-cache" in printed
 
 
+def test_every_draft_tree_of_the_readme_decodes_identically(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configurations that it shows, one after the other, on the bundled model."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(ROOT)
+    model = AutoModelForCausalLM.from_pretrained("model_zoo/demo/target", dtype="float32").eval()
+    head, *shown = [line for line in BLOCKS[1].splitlines() if line]
+    names: dict[str, Any] = {"autospec": autospec}
+    exec(head, names)
+    prompt = torch.arange(300, 312)[None]
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
+    assert len(shown) == 3
+    for line in shown:
+        fast = autospec.optimize(model, eval(line, names), compile="eager", max_length=64)
+        assert torch.equal(fast.generate(prompt, max_new_tokens=12, do_sample=False), expected), line
+
+
 def test_the_worked_pass_does_what_it_says() -> None:
     names: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    exec(compile(BLOCKS[2], "README.md", "exec"), names)
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())
     module.graph.output(())
     module.meta.update(fake_mode=FakeTensorMode(), device=torch.device("cpu"))

@@ -297,7 +297,7 @@ def with_tree(speculation: Any, tree: DraftTree) -> Any:
         return dataclasses.replace(speculation, max_draft_len=tree.max_draft_len)
     top_k = tree.dynamic_tree_max_topk or None
     return dataclasses.replace(
-        speculation, max_draft_len=tree.max_draft_len, eagle_choices=None, use_dynamic_tree=False,
+        speculation, max_draft_len=tree.max_draft_len, eagle_choices=None, use_dynamic_tree=None,
         dynamic_tree_max_topk=top_k, max_total_draft_tokens=tree.max_total_draft_tokens if top_k else None,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from autospec.errors import AutospecError, CheckpointError, OptionError
@@ -17,11 +17,14 @@ from autospec.errors import AutospecError, CheckpointError, OptionError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    asked = parser.parse_args(arguments)
     # torch's own pytree and export code warns about itself on every copy; nobody at a command line can act on it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
+        if given and given[0] in _WITH_OWN_OPTIONS:
+            return _WITH_OWN_OPTIONS[given[0]][0](given[1:])
+        asked = parser.parse_args(given)
         return int(asked.run(asked) or 0)
     except AutospecError as error:
         print(f"autospec: {error}", file=sys.stderr)
@@ -64,15 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _train_arguments(verbs)
 
-    check = verbs.add_parser("check-draft", help="what a draft head's files say, and how often it agrees", add_help=False)
-    check.set_defaults(run=_check_draft)
-    check.add_argument("rest", nargs=argparse.REMAINDER)
-    bench = verbs.add_parser("bench", help="measure drafters against plain decoding, and draw it", add_help=False)
-    bench.set_defaults(run=_bench)
-    bench.add_argument("rest", nargs=argparse.REMAINDER)
-    zoo = verbs.add_parser("zoo", help="try every causal-LM type that transformers knows", add_help=False)
-    zoo.set_defaults(run=_zoo)
-    zoo.add_argument("rest", nargs=argparse.REMAINDER)
+    for name, (_, help_text) in _WITH_OWN_OPTIONS.items():
+        verbs.add_parser(name, help=help_text)
     return parser
 
 
@@ -93,7 +89,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto, ngram, none, draft:MODEL for an external draft model, eagle3:HEAD or medusa:HEAD (default auto)",
     )
     parser.add_argument("--max-draft-len", type=int, default=None, help="draft tokens per step, or levels of a tree")
-    parser.add_argument("--eagle-choices", type=_paths, default=None, metavar="JSON",
+    parser.add_argument("--eagle-choices", default=None, metavar="JSON",
                         help="a static draft tree as paths of child ranks, such as [[0],[1],[0,0]]")  # fmt: skip
     parser.add_argument("--dynamic-tree-max-topk", type=int, default=None, metavar="K", help="grow a dynamic draft tree")
     parser.add_argument("--max-total-draft-tokens", type=int, default=None, metavar="M", help="nodes of a dynamic tree")
@@ -123,6 +119,8 @@ def speculation_of(asked: argparse.Namespace) -> Any:
 
     names = ("max_draft_len", "eagle_choices", "dynamic_tree_max_topk", "max_total_draft_tokens")
     given: dict[str, Any] = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+    if "eagle_choices" in given:
+        given["eagle_choices"] = _paths(given["eagle_choices"])
     kind, _, source = asked.speculation.partition(":")
     ranking = {"draft": DraftTargetConfig, "eagle3": Eagle3Config, "medusa": MedusaConfig}
     if kind in ranking and not source:
@@ -208,22 +206,30 @@ def _train(asked: argparse.Namespace) -> int:
     return 0
 
 
-def _check_draft(asked: argparse.Namespace) -> int:
+def _check_draft(rest: Sequence[str]) -> int:
     from autospec.check_draft import run
 
-    return run(asked.rest)
+    return run(rest)
 
 
-def _bench(asked: argparse.Namespace) -> int:
+def _bench(rest: Sequence[str]) -> int:
     from autospec.bench import run
 
-    return run(asked.rest)
+    return run(rest)
 
 
-def _zoo(asked: argparse.Namespace) -> int:
+def _zoo(rest: Sequence[str]) -> int:
     from autospec.zoo import main as zoo_main
 
-    return int(zoo_main(asked.rest) or 0)
+    return int(zoo_main(rest) or 0)
+
+
+# Verbs that parse their options themselves: argparse's REMAINDER does not take a first word that starts with a dash.
+_WITH_OWN_OPTIONS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "bench": (_bench, "measure drafters against plain decoding, and draw it"),
+    "check-draft": (_check_draft, "what a draft head's files say, and how often it agrees"),
+    "zoo": (_zoo, "try every causal-LM type that transformers knows"),
+}
 
 
 if __name__ == "__main__":

@@ -14,15 +14,10 @@ import torch
 from torch import Tensor
 
 from autospec import debug
-from autospec.assemble import Draft, build_program, capture_model, next_power_of_two, state_bytes
-from autospec.capture_head import capture_head
-from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, Speculation, parse_speculation, tree_of
+from autospec.config import Speculation, parse_speculation, tree_of
 from autospec.errors import CapacityError, OptionError
 from autospec.kernels.noise import row_key
-from autospec.loading import check_causal_lm, check_children, check_draft, check_head, draft_layers, load_draft_head, load_model
-from autospec.lower import limit_threads
-from autospec.pipeline import left_out
-from autospec.program import CapturedModel, Program, Shape
+from autospec.program import CapturedHead, CapturedModel, Program, Shape, state_bytes
 from autospec.report import explain_text, pass_table
 from autospec.runtime.metrics import Metrics
 from autospec.runtime.options import GenerateOptions, check_names, parse
@@ -30,6 +25,9 @@ from autospec.runtime.request import Request
 from autospec.runtime.session import Session
 from autospec.runtime.stopping import StopStrings
 from autospec.state import MAX_EOS
+from autospec.threads import limit_threads
+
+Draft = CapturedModel | CapturedHead
 
 _SMALLEST_BUCKET = 128  # tokens; a program for fewer would be rebuilt for the next prompt
 
@@ -55,6 +53,7 @@ class OptimizedModel:
     generation_defaults: Mapping[str, Any]
     left_out: frozenset[str] = frozenset()  # names of optional passes that do not run
     show_progress: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict)  # folders or hub ids of "target" and "draft"
     metrics: Metrics = field(default_factory=Metrics)
     _sessions: dict[Shape, Session] = field(default_factory=dict, repr=False)
     _weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -220,15 +219,20 @@ class OptimizedModel:
         shape = self._shape(rows, longest, sampling)
         session = self._sessions.pop(shape, None)
         if session is None:
-            program = build_program(
-                self.target, self.draft, self.speculation, shape, self.compile, self._weights, self.show_progress,
-                self.left_out,
-            )  # fmt: skip
+            program = self._build(shape)
             if debug.options().table:
                 print("\n".join(pass_table(program.records)))
             session = Session(program)
         self._sessions[shape] = session  # the last one used stands last
         return session
+
+    def _build(self, shape: Shape) -> Program:
+        from autospec.assemble import build_program  # a saved model generates without the compiler
+
+        return build_program(
+            self.target, self.draft, self.speculation, shape, self.compile, self._weights, self.show_progress,
+            self.left_out,
+        )  # fmt: skip
 
 
 def optimize(
@@ -257,6 +261,9 @@ def optimize(
         CaptureError: the model cannot be captured or decoded step by step, with the reason.
         OptionError, CheckpointError: an argument or a checkpoint is wrong.
     """
+    from autospec.frontend import capture_all
+    from autospec.pipeline import left_out
+
     chosen = parse_speculation(speculation)
     if compile not in ("inductor", "eager"):
         raise OptionError(f"compile must be 'inductor' or 'eager', got {compile!r}", at=f"compile={compile!r}",
@@ -267,28 +274,11 @@ def optimize(
             raise OptionError(f"{name} must be a positive integer, got {value!r}", at=f"{name}={value!r}",
                               where="autospec.optimize", help="leave it out to let it grow as needed")  # fmt: skip
     limit_threads()
-    module = load_model(model, "model")
-    check_causal_lm(module)
-    target = capture_model(module)
-    if max_length is not None and max_length > target.facts.max_positions:
-        raise CapacityError(
-            f"max_length is {max_length}, but the model has {target.facts.max_positions} positions",
-            at=f"max_length={max_length}", where=target.facts.name, help="choose a smaller max_length",
-        )  # fmt: skip
-    draft: Draft | None = None
-    if isinstance(chosen, (Eagle3Config, MedusaConfig)):
-        draft = capture_head(load_draft_head(chosen.speculative_model, module), target)
-        check_head(chosen, draft)
-    if isinstance(chosen, DraftTargetConfig):
-        draft_module = load_model(chosen.speculative_model, "speculative_model", like=module)
-        check_draft(module, draft_module)
-        check_children(chosen, target.facts.vocab_size)
-        with draft_layers(draft_module, chosen.num_draft_layers):
-            draft = capture_model(draft_module, "draft")
-    defaults = module.generation_config.to_dict() if getattr(module, "generation_config", None) is not None else {}
+    captured = capture_all(model, chosen, max_length)
     return OptimizedModel(
-        target, draft, chosen, compile, Limits(max_batch_size, max_length, page_size), defaults, without
-    )
+        captured.target, captured.draft, chosen, compile, Limits(max_batch_size, max_length, page_size),
+        captured.defaults, without, sources=captured.sources,
+    )  # fmt: skip
 
 
 def _as_dict(generation_config: Any) -> Mapping[str, Any] | None:
@@ -424,6 +414,11 @@ def _free_bytes(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def next_power_of_two(value: int) -> int:
+    """The lowest power of two that is at least `value`."""
+    return 1 << max(0, value - 1).bit_length()
 
 
 __all__ = ["OptimizedModel", "optimize"]

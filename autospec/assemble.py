@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from tqdm import tqdm
 
 from autospec import debug, pipeline
 from autospec.capture import export_model
@@ -20,12 +18,11 @@ from autospec.ir.runner import run_stages
 from autospec.ir.sizes import constants_of
 from autospec.ir.slots import Slot, slots
 from autospec.kernels.attention import attention
-from autospec.kernels.packed_linear import pack
 from autospec.legality import check_captured, kept_by_cache, rows_of_tables
-from autospec.lower import lower
+from autospec.lower import Unlowered, lower_program
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
 from autospec.pipeline import DraftParts
-from autospec.program import CapturedHead, CapturedModel, Graph, ModelFacts, Program, Shape
+from autospec.program import CapturedHead, CapturedModel, ModelFacts, Program, Shape
 
 Draft = CapturedModel | CapturedHead
 D2T = WEIGHT_PREFIX + "d2t"
@@ -81,16 +78,11 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     return duplicate
 
 
-def build_program(
-    target: CapturedModel, draft: Draft | None, speculation: Speculation, shape: Shape, compile: str,
-    weights: dict[str, Tensor] | None = None, progress: bool = False, left_out: frozenset[str] = frozenset(),
-) -> Program:  # fmt: skip
-    """Run the pipeline for prefill and every step, lower the graphs and collect what they need.
-
-    Args:
-        weights: tensors of earlier programs by slot name; shared so that fused weights exist once.
-        left_out: names of optional passes that do not run.
-    """
+def build_graphs(
+    target: CapturedModel, draft: Draft | None, speculation: Speculation, shape: Shape,
+    left_out: frozenset[str] = frozenset(),
+) -> Unlowered:  # fmt: skip
+    """Run the pipeline for prefill and every step, up to where the machine matters."""
     records: list[PassRecord] = []
     options = debug.options()
 
@@ -103,22 +95,29 @@ def build_program(
     plans = {"prefill": pipeline.prefill(shape, target.facts, speculation, parts)}
     for draft_len in pipeline.draft_lens(speculation):
         plans[f"step_{draft_len}"] = pipeline.step(shape, target.facts, speculation, parts, draft_len)
-    graphs: dict[str, Graph] = {}
+    graphs: dict[str, fx.GraphModule] = {}
     known = dict(target.weights)
-    for name, stages in tqdm(plans.items(), desc=f"building ({compile})", disable=not progress, leave=False):
-        module = run(target.graph, stages, name)
-        known |= constants_of(module)
-        graphs[name] = lower(module, name, compile)
+    for name, stages in plans.items():
+        graphs[name] = run(target.graph, pipeline.portable(stages), name)
+        known |= constants_of(graphs[name])
     if draft is not None:
         known |= {WEIGHT_PREFIX + name: tensor for name, tensor in draft.weights.items()}
     if isinstance(draft, CapturedHead) and draft.d2t is not None:
         known[D2T] = draft.d2t
-    bound = {} if weights is None else weights
-    for graph in graphs.values():
-        for slot in graph.slots:
-            if slot.kind == "weight" and slot.name not in bound:
-                bound[slot.name] = materialise(slot, known)
-    return Program(shape, target.facts, graphs, bound, records)
+    return Unlowered(shape, target.facts, graphs, known, records)
+
+
+def build_program(
+    target: CapturedModel, draft: Draft | None, speculation: Speculation, shape: Shape, compile: str,
+    weights: dict[str, Tensor] | None = None, progress: bool = False, left_out: frozenset[str] = frozenset(),
+) -> Program:  # fmt: skip
+    """Run the pipeline for prefill and every step, lower the graphs and collect what they need.
+
+    Args:
+        weights: tensors of earlier programs by slot name; shared so that fused weights exist once.
+        left_out: names of optional passes that do not run.
+    """
+    return lower_program(build_graphs(target, draft, speculation, shape, left_out), compile, weights, progress, left_out)
 
 
 def _draft_parts(
@@ -154,24 +153,6 @@ def _draft_parts(
     )
 
 
-def materialise(slot: Slot, weights: Mapping[str, Tensor]) -> Tensor:
-    """The tensor of a weight slot: a captured one, several concatenated, or a packed copy."""
-    if not slot.parts:
-        return weights[slot.name]
-    whole = torch.cat([weights[name] for name in slot.parts]) if len(slot.parts) > 1 else weights[slot.parts[0]]
-    return pack(whole) if slot.is_packed else whole
-
-
-def state_bytes(target: CapturedModel, draft: Draft | None, shape: Shape) -> int:
-    """Bytes of pages and history that a program of this shape allocates."""
-    per_token = target.facts.bytes_per_token + (draft.facts.bytes_per_token if draft is not None else 0)
-    return shape.num_pages * shape.page_size * per_token + shape.batch_size * shape.token_room * 8
-
-
 def num_nodes(program: Program) -> int:
     """Graph nodes of all entry points, for the report."""
     return sum(len(g.module.graph.nodes) for g in program.graphs.values() if g.module is not None)
-
-
-def next_power_of_two(value: int) -> int:
-    return 1 << max(0, math.ceil(math.log2(max(1, value))))

@@ -31,8 +31,8 @@ from autospec.cli import model_arguments, speculation_of
 from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, Speculation, parse_speculation, tree_of
 from autospec.errors import CheckpointError, OptionError
 from autospec.loading import check_head, load_model
-from autospec.lower import available_cores, limit_threads
 from autospec.model_zoo.bundled import demo_prompts, resolve
+from autospec.threads import available_cores, limit_threads
 
 WHERE = "autospec bench"
 DEMO = "bundled:target"

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from autospec.api import optimize
 from autospec.config import DraftTargetConfig, Eagle3Config, NGramConfig
-from autospec.lower import available_cores
 from autospec.model_zoo.bundled import demo_prompts, resolve
+from autospec.threads import available_cores
 
 # Draft lengths and trees that were fastest with the bundled models, on two cores of an AMD EPYC and on an H100: see
 # BENCHMARKS.md. The static tree holds the nodes that were accepted most

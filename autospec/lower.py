@@ -1,36 +1,72 @@
-"""Graph -> callable: eager, or Inductor with every reference inlined."""
+"""Graphs -> a program for this machine: implementations chosen, then eager, or Inductor with every reference inlined."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from tqdm import tqdm
 
+from autospec import debug, pipeline
 from autospec.errors import LoweringError, OptionError
 from autospec.ir.build import Builder, fake_mode, value_of
+from autospec.ir.passes import PassRecord
+from autospec.ir.runner import run_stages
 from autospec.ir.slots import Slot, slots
 from autospec.kernels.registry import KernelOp, find
-from autospec.program import Graph
+from autospec.program import Graph, ModelFacts, Program, Shape, materialise
 
 
-def available_cores() -> int:
-    """Cores in the affinity mask; containers often see more than they have."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+@dataclass
+class Unlowered:
+    """The graphs of a program as they are on every machine: no implementation is chosen yet.
+
+    Args:
+        graphs: by name, "prefill" and one "step_<draft length>" each.
+        weights: what their slots are made of, by name; captured tensors, never copies.
+        records: what every pass did.
+    """
+
+    shape: Shape
+    facts: ModelFacts
+    graphs: dict[str, fx.GraphModule]
+    weights: dict[str, Tensor]
+    records: list[PassRecord]
 
 
-def limit_threads() -> None:
-    """Lower torch's CPU threads to the cores there are; never raise what the user chose. More threads than cores make
-    every parallel loop wait for the scheduler: a step of 0.7 ms was seen to take 880 ms."""
-    if torch.get_num_threads() > available_cores():
-        torch.set_num_threads(available_cores())
+def lower_program(
+    unlowered: Unlowered, compile: str, weights: dict[str, Tensor] | None = None, progress: bool = False,
+    left_out: frozenset[str] = frozenset(),
+) -> Program:  # fmt: skip
+    """Choose implementations for this machine, lower the graphs and make the weights that they read.
+
+    Args:
+        weights: tensors of earlier programs by slot name; new ones are added.
+        left_out: names of optional passes that do not run.
+    """
+    records, graphs = list(unlowered.records), {}
+    bound = {} if weights is None else weights
+    for name, module in tqdm(
+        unlowered.graphs.items(), desc=f"building ({compile})", disable=not progress, leave=False
+    ):
+        ran = sum(record.graph == name for record in records)
+        records += run_stages(
+            module, [pipeline.select()], graph_name=name, debug=debug.options(), left_out=left_out, first=ran
+        )
+        graphs[name] = lower(module, name, compile)
+    for graph in graphs.values():
+        for slot in graph.slots:
+            if slot.kind == "weight" and slot.name not in bound:
+                bound[slot.name] = materialise(slot, unlowered.weights)
+    return Program(unlowered.shape, unlowered.facts, graphs, bound, records)
 
 
 def lower(module: fx.GraphModule, name: str, how: str) -> Graph:

@@ -209,10 +209,17 @@ def taps(draft: DraftParts | None) -> list[Pass]:
 
 def finish() -> list[Stage]:
     """What every graph of a program ends with."""
-    return [
-        Stage("optimise", [FuseLinears()]),
-        Stage("select", [PackLinears(), NarrowLinears(), SelectKernels(disabled=disabled_kernels())]),
-    ]
+    return [Stage("optimise", [FuseLinears()]), select()]
+
+
+def select() -> Stage:
+    """The only stage that looks at the machine; a saved program runs it where it is loaded."""
+    return Stage("select", [PackLinears(), NarrowLinears(), SelectKernels(disabled=disabled_kernels())])
+
+
+def portable(stages: Sequence[Stage]) -> list[Stage]:
+    """A plan without the stages that depend on the machine."""
+    return [stage for stage in stages if stage.name != select().name]
 
 
 def drafter(

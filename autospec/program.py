@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
 from autospec.ir.passes import PassRecord
 from autospec.ir.slots import Slot
+from autospec.kernels.packed_linear import pack
 from autospec.trees import DraftTree
 
 SCRATCH_PAGES = 1  # physical page 0 takes the rows that belong nowhere
@@ -35,6 +37,16 @@ class ModelFacts:
     device: torch.device
     num_kv_layers: int
     bytes_per_token: int
+
+
+class Described(Protocol):
+    """What generating and explaining need of a model, captured just now or saved long ago."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def records(self) -> tuple[PassRecord, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -173,3 +185,17 @@ class Program:
                 return graph.call(*arguments)
 
         return run
+
+
+def materialise(slot: Slot, weights: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of a weight slot: a captured one, several concatenated, or a packed copy."""
+    if not slot.parts:
+        return weights[slot.name]
+    whole = torch.cat([weights[name] for name in slot.parts]) if len(slot.parts) > 1 else weights[slot.parts[0]]
+    return pack(whole) if slot.is_packed else whole
+
+
+def state_bytes(target: Described, draft: Described | None, shape: Shape) -> int:
+    """Bytes of pages and history that a program of this shape allocates."""
+    per_token = target.facts.bytes_per_token + (draft.facts.bytes_per_token if draft is not None else 0)
+    return shape.num_pages * shape.page_size * per_token + shape.batch_size * shape.token_room * 8

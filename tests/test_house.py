@@ -21,10 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports only go down. A module that is not listed here has the floor of its folder.
 FLOORS = {
     "autospec.errors": 0, "autospec.config": 0, "autospec.debug": 0, "autospec.trees": 0,
+    "autospec.threads": 0,
     "autospec.kernels": 1, "autospec.ir": 1, "autospec.masks": 1,
     "autospec.model_zoo": 2, "autospec.program": 2, "autospec.state": 2, "autospec.heads": 2, "autospec.drafting": 2,
     "autospec.passes": 3,
     "autospec.capture": 4, "autospec.capture_head": 4, "autospec.legality": 4, "autospec.loading": 4, "autospec.assemble": 4,
+    "autospec.frontend": 4,
     "autospec.pipeline": 4, "autospec.lower": 4, "autospec.export": 4,
     "autospec.runtime": 5,
     "autospec.api": 6, "autospec.report": 6, "autospec.cli": 6,

@@ -24,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autospec import debug, pipeline
-from autospec.assemble import copy_graph, materialise
+from autospec.assemble import copy_graph
 from autospec.ir.runner import run_stages
 from autospec.ir.sizes import constants_of
 from autospec.lower import lower
-from autospec.program import SCRATCH_PAGES, CapturedModel, Program, Shape
+from autospec.program import SCRATCH_PAGES, CapturedModel, Program, Shape, materialise
 from autospec.runtime.replay import as_cuda_graph
 from autospec.runtime.session import Session
 from autospec.trees import DraftTree

@@ -17,9 +17,13 @@ LEFT_OUT = "left out by passes="
 
 def run_stages(
     module: fx.GraphModule, stages: Iterable[Stage], *, graph_name: str, debug: DebugOptions,
-    left_out: frozenset[str] = frozenset(),
+    left_out: frozenset[str] = frozenset(), first: int = 0,
 ) -> list[PassRecord]:  # fmt: skip
-    """Run every pass of every stage on one graph, in order; those left out leave a record that says so."""
+    """Run every pass of every stage on one graph, in order; those left out leave a record that says so.
+
+    Args:
+        first: how many passes ran on this graph before, which numbers the dumps.
+    """
     records: list[PassRecord] = []
     for stage in stages:
         for one in stage.passes:
@@ -27,7 +31,7 @@ def run_stages(
                 size = len(module.graph.nodes)
                 records.append(PassRecord(graph_name, stage.name, one.name, 0, (), (LEFT_OUT,), size, size, 0.0))
             else:
-                records.append(run_pass(module, one, stage.name, graph_name, len(records), debug))
+                records.append(run_pass(module, one, stage.name, graph_name, first + len(records), debug))
     return records
 
 

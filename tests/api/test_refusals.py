@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration, TextStreamer
 
 import autospec
-from autospec import api
+from autospec import api, frontend
 from autospec.errors import CapacityError, CaptureError, CheckpointError, OptionError
 from autospec.loading import check_causal_lm, draft_layers, load_model
 
@@ -193,7 +193,7 @@ ARGUMENTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_bad_arguments_of_optimize(refused: Refused, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     kind, arguments, message = ARGUMENTS[case]
-    monkeypatch.setattr(api, "capture_model", lambda module, name="target": captured("target"))
+    monkeypatch.setattr(frontend, "capture_model", lambda module, name="target": captured("target"))
     options = {"compile": "eager", **arguments}
     assert message in str(refused(kind, lambda: autospec.optimize(model("target"), **options)))
 
@@ -255,7 +255,7 @@ def test_a_model_that_mixes_tokens_outside_attention() -> None:
 
 
 def test_a_draft_of_another_vocabulary(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "capture_model", lambda module, name="target": captured("target"))
+    monkeypatch.setattr(frontend, "capture_model", lambda module, name="target": captured("target"))
     other = tiny("llama", vocab_size=65)
     call = lambda: autospec.optimize(model("target"), autospec.DraftTargetConfig(other), compile="eager")  # noqa: E731
     assert "the draft model has a vocabulary of 65, the target of 64" in str(refused(OptionError, call))

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from autospec.assemble import materialise
 from autospec.ir.build import Builder
 from autospec.ir.match import aten, calls
 from autospec.ir.slots import Slot, slots
 from autospec.ir.text import graph_text
 from autospec.passes.fuse_linears import FuseLinears
+from autospec.program import materialise
 
 X = Slot("input", "x", (2, 3, 4))
 

@@ -8,12 +8,12 @@ import torch
 from harness.graphs import after, apply, evaluate, sketch
 from torch import fx
 
-from autospec.assemble import materialise
 from autospec.ir.build import Builder
 from autospec.ir.match import aten, calls
 from autospec.ir.slots import Slot, slots
 from autospec.kernels.packed_linear import linear
 from autospec.passes.pack_linears import PackLinears
+from autospec.program import materialise
 
 X = Slot("input", "x", (2, 3, 8))
 

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "optimize": "api", "OptimizedModel": "api",
+    "optimize": "api", "OptimizedModel": "api", "export": "api", "load": "loaded", "LoadedModel": "loaded",
     "NGramConfig": "config", "DraftTargetConfig": "config", "AutoConfig": "config",
     "Eagle3Config": "config", "MedusaConfig": "config",
     "AutospecError": "errors", "CaptureError": "errors", "OptionError": "errors", "CapacityError": "errors",
-    "CheckpointError": "errors", "LoweringError": "errors",
+    "CheckpointError": "errors", "LoweringError": "errors", "ArtifactError": "errors",
 }  # fmt: skip
 
 if TYPE_CHECKING:
-    from autospec.api import OptimizedModel, optimize
+    from autospec.api import OptimizedModel, export, optimize
     from autospec.config import AutoConfig, DraftTargetConfig, Eagle3Config, MedusaConfig, NGramConfig
     from autospec.errors import (
+        ArtifactError,
         AutospecError,
         CapacityError,
         CaptureError,
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
         LoweringError,
         OptionError,
     )
+    from autospec.loaded import LoadedModel, load
 
 __all__ = [
-    "AutoConfig", "AutospecError", "CapacityError", "CaptureError", "CheckpointError", "DraftTargetConfig",
-    "Eagle3Config", "LoweringError", "MedusaConfig", "NGramConfig", "OptimizedModel", "OptionError", "optimize",
+    "ArtifactError", "AutoConfig", "AutospecError", "CapacityError", "CaptureError", "CheckpointError", "DraftTargetConfig",
+    "Eagle3Config", "LoadedModel", "LoweringError", "MedusaConfig", "NGramConfig", "OptimizedModel", "OptionError", "export",
+    "load", "optimize",
 ]  # fmt: skip
 
 

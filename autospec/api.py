@@ -17,7 +17,7 @@ from autospec import debug
 from autospec.config import Speculation, parse_speculation, tree_of
 from autospec.errors import CapacityError, OptionError
 from autospec.kernels.noise import row_key
-from autospec.program import CapturedHead, CapturedModel, Program, Shape, state_bytes
+from autospec.program import CapturedHead, CapturedModel, ModelFacts, Program, Shape, state_bytes
 from autospec.report import explain_text, pass_table
 from autospec.runtime.metrics import Metrics
 from autospec.runtime.options import GenerateOptions, check_names, parse
@@ -29,6 +29,7 @@ from autospec.threads import limit_threads
 
 Draft = CapturedModel | CapturedHead
 
+_SAVED_LENGTH = 512  # tokens per row of an artifact unless said otherwise; a guess: caches cost memory from the start
 _SMALLEST_BUCKET = 128  # tokens; a program for fewer would be rebuilt for the next prompt
 
 
@@ -73,6 +74,44 @@ class OptimizedModel:
         """The session that ran last; its state is that of the last call."""
         _ = self.program
         return next(reversed(self._sessions.values()))
+
+    def save(
+        self, directory: str | Path, *, batch_sizes: Sequence[int] = (1,), max_length: int | None = None,
+        sampling: bool | None = None, compile: str | None = None, overwrite: bool = False,
+        checkpoint: str | Path | None = None,
+    ) -> Path:  # fmt: skip
+        """Write an artifact that `autospec.load` runs without transformers: see `autospec.export`."""
+        from autospec.exporter import Exported, export_to
+
+        shapes = self._saved_shapes(batch_sizes, max_length, sampling)
+        what = Exported(
+            self.target, self.draft, self.speculation, shapes, self.sources, self.generation_defaults, self.left_out
+        )
+        return export_to(
+            directory, what, compile=compile, overwrite=overwrite, progress=self.show_progress, checkpoint=checkpoint
+        )
+
+    def _saved_shapes(
+        self, batch_sizes: Sequence[int], max_length: int | None, sampling: bool | None
+    ) -> tuple[Shape, ...]:
+        """One shape per batch size, greedy and sampling unless one of them is asked for."""
+        length = max_length or self.limits.max_length or min(_SAVED_LENGTH, self.target.facts.max_positions)
+        sizes = list(dict.fromkeys(batch_sizes))
+        for name, value in (("max_length", length), *(("batch_sizes", size) for size in sizes or [0])):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} must be positive integers, got {value!r}", at=f"{name}={value!r}",
+                                  where="autospec.export", help="for example batch_sizes=(1, 4), max_length=1024")  # fmt: skip
+        if length > self.target.facts.max_positions:
+            raise CapacityError(
+                f"max_length is {length}, but the model has {self.target.facts.max_positions} positions",
+                at=f"max_length={length}", where=self.target.facts.name, help="choose a smaller max_length",
+            )  # fmt: skip
+        limits = Limits(None, length, self.limits.page_size)
+        kinds = (False, True) if sampling is None else (sampling,)
+        made = [
+            shape_for(self.target.facts, limits, self.speculation, size, length, kind) for size in sizes for kind in kinds
+        ]
+        return tuple(dict.fromkeys(made))
 
     def explain(self) -> str:
         """What each pass did and why it left things alone, and the kernel chosen for each op."""
@@ -195,25 +234,7 @@ class OptimizedModel:
         return most
 
     def _shape(self, rows: int, longest: int, sampling: bool) -> Shape:
-        limits, facts = self.limits, self.target.facts
-        on_cpu = facts.device.type == "cpu"
-        length = limits.max_length
-        if length is None:
-            length = min(max(_SMALLEST_BUCKET, next_power_of_two(longest)), facts.max_positions)
-            length = max(length, longest)
-        elif longest > length:
-            raise CapacityError(
-                f"a request needs {longest} tokens, the cache was limited to {length} per row",
-                at=f"max_length={length}", where="autospec.optimize",
-                help="lower max_new_tokens, or optimize with a larger max_length",
-            )  # fmt: skip
-        batch = next_power_of_two(rows)
-        if limits.max_batch_size is not None:
-            batch = min(batch, limits.max_batch_size)
-        # A CPU reads every page of the table, so small pages waste less; on an H100 64 is up to 6% faster than 16.
-        page_size = limits.page_size or (32 if on_cpu else 64)
-        prefill_len = min(64 if on_cpu else 512, length)
-        return Shape(batch, length, page_size, prefill_len, tree_of(self.speculation), sampling)
+        return shape_for(self.target.facts, self.limits, self.speculation, next_power_of_two(rows), longest, sampling)
 
     def _session(self, rows: int, longest: int, sampling: bool) -> Session:
         shape = self._shape(rows, longest, sampling)
@@ -233,6 +254,29 @@ class OptimizedModel:
             self.target, self.draft, self.speculation, shape, self.compile, self._weights, self.show_progress,
             self.left_out,
         )  # fmt: skip
+
+
+def shape_for(
+    facts: ModelFacts, limits: Limits, speculation: Speculation, batch: int, longest: int, sampling: bool
+) -> Shape:
+    """What a program is specialised for, to hold requests of `longest` tokens."""
+    on_cpu = facts.device.type == "cpu"
+    length = limits.max_length
+    if length is None:
+        length = min(max(_SMALLEST_BUCKET, next_power_of_two(longest)), facts.max_positions)
+        length = max(length, longest)
+    elif longest > length:
+        raise CapacityError(
+            f"a request needs {longest} tokens, the cache was limited to {length} per row",
+            at=f"max_length={length}", where="autospec.optimize",
+            help="lower max_new_tokens, or optimize with a larger max_length",
+        )  # fmt: skip
+    if limits.max_batch_size is not None:
+        batch = min(batch, limits.max_batch_size)
+    # A CPU reads every page of the table, so small pages waste less; on an H100 64 is up to 6% faster than 16.
+    page_size = limits.page_size or (32 if on_cpu else 64)
+    prefill_len = min(64 if on_cpu else 512, length)
+    return Shape(batch, length, page_size, prefill_len, tree_of(speculation), sampling)
 
 
 def optimize(
@@ -278,6 +322,42 @@ def optimize(
     return OptimizedModel(
         captured.target, captured.draft, chosen, compile, Limits(max_batch_size, max_length, page_size),
         captured.defaults, without, sources=captured.sources,
+    )  # fmt: skip
+
+
+def export(
+    model: Any,
+    directory: str | Path,
+    speculation: Any = "auto",
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    max_length: int | None = None,
+    sampling: bool | None = None,
+    compile: str | None = None,
+    overwrite: bool = False,
+    page_size: int | None = None,
+    passes: str | Sequence[str] | None = None,
+    checkpoint: str | Path | None = None,
+) -> Path:
+    """Write a directory that runs without transformers: graphs, weights, tokenizer and a manifest over all of them.
+
+    Args:
+        model, speculation, page_size, passes: as in `optimize`.
+        directory: the folder to write; it appears when it is complete.
+        batch_sizes: rows at once, one program each; more prompts run in waves.
+        max_length: tokens per row, prompt and output together; None: 512, or what the model has.
+        sampling: programs that sample, or greedy ones; None: both.
+        compile: "aot" also packages the graphs with AOTInductor for this machine's kind of device.
+        overwrite: replace an artifact that stands there.
+        checkpoint: where the weights of a model on `meta` are; None: its graphs are exported without them.
+
+    Raises:
+        ArtifactError: the folder cannot be written; and what `optimize` raises.
+    """
+    fast = optimize(model, speculation, compile="eager", page_size=page_size, passes=passes)
+    return fast.save(
+        directory, batch_sizes=batch_sizes, max_length=max_length, sampling=sampling, compile=compile,
+        overwrite=overwrite, checkpoint=checkpoint,
     )  # fmt: skip
 
 
@@ -421,4 +501,4 @@ def next_power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-__all__ = ["OptimizedModel", "optimize"]
+__all__ = ["OptimizedModel", "export", "optimize"]

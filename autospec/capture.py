@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, fx
 
 from autospec.errors import CaptureError
-from autospec.ir.match import aten, calls, is_call
+from autospec.ir.match import argument, aten, calls, is_call
 from autospec.ir.sizes import constants_of, why_not_sizes_only
 from autospec.ir.slots import Slot, assign_slot, find_slot
 from autospec.ir.text import node_text
 from autospec.kernels.attention import attention
+from autospec.kernels.grouped_mm import grouped_mm
 from autospec.masks import MaskSpec, UnknownMask, mask_row, spec_of_rows
 
 INTERFACE = "autospec"
@@ -495,6 +496,7 @@ def with_slots(
         weights[short] = tensor
         assign_slot(node, Slot("weight", short, tuple(tensor.shape), tensor.dtype))
     _drop_checks(module)
+    _own_ops(module)
     module.graph.eliminate_dead_code()
     for node in module.graph.nodes:
         if is_call(node, _DATA_DEPENDENT):
@@ -528,6 +530,20 @@ def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
     return path.removeprefix("model").removeprefix(".")
+
+
+# Ops of transformers and the canonical ones of the same arguments and meaning.
+_SAME_AS = {"transformers::grouped_mm_fallback": grouped_mm}
+
+
+def _own_ops(module: fx.GraphModule) -> None:
+    """Replace ops that transformers registers by our own: a saved graph is read where that library is not imported."""
+    for node in module.graph.nodes:
+        name = getattr(getattr(node.target, "_schema", None), "name", "")
+        if node.op == "call_function" and name in _SAME_AS:
+            kernel = _SAME_AS[name]
+            given = tuple(argument(node, one.name) for one in node.target._schema.arguments)
+            node.target, node.args, node.kwargs = kernel.op, given, {}
 
 
 def _drop_checks(module: fx.GraphModule) -> None:

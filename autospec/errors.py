@@ -41,6 +41,10 @@ class CheckpointError(AutospecError):
     """A checkpoint is missing, truncated or does not fit the model."""
 
 
+class ArtifactError(AutospecError):
+    """An exported artifact is incomplete, altered, or made for another machine."""
+
+
 class LoweringError(AutospecError):
     """A lowered graph would copy a page buffer or break another promise of the program."""
 

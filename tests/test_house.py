@@ -24,12 +24,13 @@ FLOORS = {
     "autospec.threads": 0,
     "autospec.kernels": 1, "autospec.ir": 1, "autospec.masks": 1,
     "autospec.model_zoo": 2, "autospec.program": 2, "autospec.state": 2, "autospec.heads": 2, "autospec.drafting": 2,
+    "autospec.artifact": 2,
     "autospec.passes": 3,
     "autospec.capture": 4, "autospec.capture_head": 4, "autospec.legality": 4, "autospec.loading": 4, "autospec.assemble": 4,
-    "autospec.frontend": 4,
-    "autospec.pipeline": 4, "autospec.lower": 4, "autospec.export": 4,
+    "autospec.frontend": 4, "autospec.exporter": 4,
+    "autospec.pipeline": 4, "autospec.lower": 4,
     "autospec.runtime": 5,
-    "autospec.api": 6, "autospec.report": 6, "autospec.cli": 6,
+    "autospec.api": 6, "autospec.loaded": 6, "autospec.report": 6, "autospec.cli": 6,
     "autospec.bench": 6, "autospec.benching": 6, "autospec.bench_kernels": 6, "autospec.demo": 6,
     "autospec.zoo": 6, "autospec.tiny_models": 6, "autospec.check_draft": 6,
     "autospec.training": 6, "autospec.model_zoo.demo.evaluate": 6,
@@ -38,6 +39,7 @@ FLOORS = {
 
 RUNTIME_MAY_IMPORT = (
     "autospec.program", "autospec.kernels", "autospec.errors", "autospec.config", "autospec.trees", "autospec.runtime",
+    "autospec.artifact",
 )  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "autospec"}
 

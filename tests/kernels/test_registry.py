@@ -67,6 +67,7 @@ ARGUMENTS = {
     "nodes": lambda: integers(N, B, 3, dtype=torch.int32), "is_new": lambda: torch.tensor([True, False]),
     "log_probs": lambda: -torch.rand(B, L), "node_parents": lambda: torch.tensor([-1, 0, 0], dtype=torch.int32),
     "node_depth": lambda: torch.tensor([0, 1, 1], dtype=torch.int32), "rank_counts": lambda: integers(9, 4),
+    "rows": lambda: torch.randn(N, 7), "ends": lambda: torch.tensor([2, 2, N], dtype=torch.int32),
     "max_position": lambda: 30, "q_len": lambda: N, "count": lambda: 3, "first_node": lambda: 0,
 }
 # Where an op's layout is another: attention comes as captured, heads before tokens; a prefill chunk chooses one token.
@@ -75,6 +76,7 @@ SPECIAL = {
         "q": lambda: torch.randn(B, HQ, N, D), "k": lambda: torch.randn(B, HKV, N, D),
         "v": lambda: torch.randn(B, HKV, N, DV),
     },
+    "grouped_mm": {"weight": lambda: torch.randn(3, 7, 6)},
     "commit_prompt": {
         "target_tokens": lambda: integers(V, B, 1), "kv_lens": lambda: torch.tensor([1, 3], dtype=torch.int32)
     },

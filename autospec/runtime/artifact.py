@@ -1,0 +1,121 @@
+"""An exported artifact, opened: its shapes, its slots and its weights. Nothing here needs the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autospec.artifact.manifest import EXPLAIN, read_manifest, refuse
+from autospec.artifact.values import facts_of, from_json, slot_from
+from autospec.artifact.weights import StoredWeights
+from autospec.errors import AutospecError
+from autospec.program import ModelFacts, PassRecord, Shape
+
+
+@dataclass(frozen=True)
+class StoredGraph:
+    """One entry point: its archive, and the slots of its inputs in order."""
+
+    name: str
+    path: Path
+    slots: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class StoredProgram:
+    """The graphs that were exported for one shape."""
+
+    shape: Shape
+    graphs: tuple[StoredGraph, ...]
+
+
+class Artifact:
+    """A directory that `export` wrote; opening it checks every file and deserialises none.
+
+    Args:
+        directory: the folder.
+        device: where the weights go; None: where they were exported from.
+        weights: a checkpoint's folder, for an artifact of graphs only.
+    """
+
+    def __init__(self, directory: str | Path, device: torch.device | None = None, weights: str | Path | None = None) -> None:
+        self.folder = Path(directory)
+        self.manifest = read_manifest(self.folder)
+        with self._described():
+            models = self.manifest["models"]
+            self.facts = facts_of(models["target"]["facts"])
+            self.draft_facts = facts_of(models["draft"]["facts"]) if "draft" in models else None
+            self.sources: Mapping[str, str] = {role: str(model["source"]) for role, model in models.items()}
+            self.speculation: Mapping[str, Any] = self.manifest["speculation"]
+            self.defaults: Mapping[str, Any] = self.manifest["generation_defaults"]
+            self.left_out = frozenset(map(str, self.manifest["left_out"]))
+            self.programs = tuple(self._programs())
+            stored = self.manifest["weights"]
+            self.device = device or self.facts.device
+            self.weights = StoredWeights(
+                self.file(stored["file"]), stored["aliases"], stored["missing"], weights, self.device
+            )  # fmt: skip
+
+    def facts_here(self) -> ModelFacts:
+        """The target's facts, on the device that was asked for."""
+        return _moved(self.facts, self.device)
+
+    def program(self, shape: Shape) -> StoredProgram:
+        return next(program for program in self.programs if program.shape == shape)
+
+    def records(self, shape: Shape | None = None) -> list[PassRecord]:
+        """What the passes did on the exporting machine: while capturing, or for one shape."""
+        if not self.has(EXPLAIN):
+            return []
+        with self._described():
+            told = json.loads(self.file(EXPLAIN).read_bytes())
+            if shape is None:
+                return [from_json(PassRecord, record) for record in told["captured"]]
+            number = [program.shape for program in self.programs].index(shape)
+            return [from_json(PassRecord, record) for record in told["programs"][number]]
+
+    def file(self, name: str) -> Path:
+        """A listed file; what the manifest does not list was not checked and is never opened."""
+        if name not in self.manifest["files"]:
+            raise refuse("the manifest refers to a file that it does not list", repr(name)[:80], self.folder)
+        return self.folder / name
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest["files"]
+
+    def _programs(self) -> Iterator[StoredProgram]:
+        for one in self.manifest["programs"]:
+            known = {name: slot_from(slot) for name, slot in one["slots"].items()}
+            graphs = tuple(
+                StoredGraph(graph["name"], self.file(graph["file"]), tuple(known[name] for name in graph["slots"]))
+                for graph in one["graphs"]
+            )
+            yield StoredProgram(from_json(Shape, one["shape"]), graphs)
+
+    def _described(self) -> _Described:
+        return _Described(self.folder)
+
+
+class _Described:
+    """Inside, a manifest that lacks or misspells something is a refusal, not a KeyError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        wrong = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
+        if isinstance(error, wrong) and not isinstance(error, AutospecError):
+            raise refuse(f"the manifest does not describe a program: {type(error).__name__}: {str(error)[:80]}",
+                         "manifest.json", self.folder) from error  # fmt: skip
+
+
+def _moved(facts: ModelFacts, device: torch.device) -> ModelFacts:
+    return dataclasses.replace(facts, device=device)

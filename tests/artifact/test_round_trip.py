@@ -1,0 +1,130 @@
+"""An artifact gives the tokens of the process that wrote it, in one without transformers and without the compiler's front."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness.artifacts import demo, family, tiny_optimized
+from harness.models import captured
+
+import autospec
+from autospec.artifact.weights import FILE
+from autospec.errors import ArtifactError, CapacityError, OptionError
+from autospec.loaded import LoadedModel
+from autospec.runtime.artifact import StoredProgram
+
+PROMPTS = [[5, 9, 2, 44, 5, 9, 2], [17, 3, 17, 3, 17], [8]]
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"do_sample": False},
+    {"do_sample": True, "temperature": 0.9, "top_k": 0, "seed": 7},
+)
+# What a user's machine runs: no test code, no transformers.
+SCRIPT = """
+import json, sys
+import autospec
+found = []
+for folder, prompts, options in json.loads(sys.stdin.read()):
+    fast = autospec.load(folder, compile="eager")
+    found.append([fast.generate(prompts, **one).tolist() for one in options])
+loaded = [name for name in sys.modules if name.startswith(("transformers", "autospec."))]
+print(json.dumps([found, loaded]))
+"""
+
+
+def elsewhere(*asked: tuple[Path, list[list[int]], list[dict[str, Any]]]) -> tuple[list[Any], list[str]]:
+    """Tokens of artifacts in a fresh process, and what that process has imported."""
+    given = json.dumps([[str(folder), prompts, options] for folder, prompts, options in asked])
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], input=given, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found, loaded = json.loads(ran.stdout.splitlines()[-1])
+    return found, loaded
+
+
+@pytest.mark.parametrize("drafter", ["auto", "eagle dynamic", "medusa static"])
+def test_every_kind_of_drafter_comes_back(drafter: str, written: Callable[[str], Path]) -> None:
+    saved = autospec.load(written(drafter), compile="eager")
+    fast = tiny_optimized(drafter)
+    for options in OPTIONS:
+        expected = fast.generate(PROMPTS, max_new_tokens=24, **options)
+        assert torch.equal(saved.generate(PROMPTS, max_new_tokens=24, **options), expected), options
+        assert saved.metrics.mean_acceptance_length == fast.metrics.mean_acceptance_length, "the drafts are the same, too"
+
+
+def test_a_fresh_process_needs_no_transformers(tmp_path: Path) -> None:
+    """The bundled model with three drafters, and four families, in one process."""
+    options = [{"max_new_tokens": 16, "pad_token_id": 0, **one} for one in OPTIONS]
+    made, expected = [], []
+    families = map(family, ("llama", "gemma3_text", "mixtral", "gpt2"))
+    for number, fast in enumerate([*map(demo, ("ngram", "draft", "eagle3")), *families]):
+        folder = fast.save(tmp_path / str(number), max_length=64, sampling=True)
+        made.append((folder, PROMPTS, options))
+        expected.append([fast.generate(PROMPTS, **one).tolist() for one in options])
+    got, loaded = elsewhere(*made)
+    for (folder, _, _), tokens, wanted in zip(made, got, expected, strict=True):
+        assert tokens == wanted, folder
+    banned = ("transformers", "autospec.capture", "autospec.legality", "autospec.loading", "autospec.heads", "autospec.frontend")
+    assert not [name for name in loaded if name.startswith(banned)]
+
+
+def test_weights_are_stored_once(written: Callable[[str], Path]) -> None:
+    """The tiny target ties nothing; the head reads the target's embedding, which is stored once under one of its names."""
+    from safetensors import safe_open
+
+    folder = written("eagle dynamic")
+    aliases = json.loads((folder / "manifest.json").read_text())["weights"]["aliases"]
+    assert aliases, "the head's embedding is the target's"
+    with safe_open(folder / FILE, "pt") as file:
+        stored = set(file.keys())
+        sizes = sum(file.get_tensor(name).numel() for name in stored)
+    assert not stored & set(aliases)
+    assert set(aliases.values()) <= stored
+    head, target = captured("eagle").weights, captured("target").weights
+    unique = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in [*head.values(), *target.values()]}
+    assert sizes <= sum(unique.values()) + 200, "fused or packed copies are not stored"
+
+
+def test_loaded_weights_are_shared_by_the_graphs(written: Callable[[str], Path]) -> None:
+    saved = autospec.load(written("ngram"), compile="eager")
+    saved.generate(PROMPTS[:1], max_new_tokens=4, do_sample=False)
+    saved.generate(PROMPTS[:1], max_new_tokens=4, do_sample=True, seed=1)
+    greedy, sampling = (session.program for session in saved._sessions.values())
+    shared = set(greedy.weights) & set(sampling.weights)
+    assert len(shared) >= 10
+    assert all(greedy.weights[name] is sampling.weights[name] for name in shared)
+
+
+def test_requests_run_in_the_smallest_shape_that_takes_them(written: Callable[[str], Path], refused: Any) -> None:
+    saved = autospec.load(written("ngram"), compile="eager")
+    shapes = [program.shape for program in saved.artifact.programs]
+    assert [saved._shape(2, 20, sampling).sampling for sampling in (False, True)] == [False, True]
+    wider = [dataclasses.replace(shape, batch_size=4, max_length=length) for shape in shapes for length in (128, 64)]
+    saved.artifact.programs = tuple(StoredProgram(shape, ()) for shape in [*wider, *shapes])
+    assert [saved._shape(rows, 20, False).batch_size for rows in (1, 2, 3, 9)] == [2, 2, 4, 4]
+    assert [saved._shape(4, longest, False).max_length for longest in (20, 64, 65, 128)] == [64, 64, 128, 128]
+    text = str(refused(CapacityError, lambda: saved._shape(1, 129, False)))
+    assert "needs 129 tokens, the artifact was exported for 128" in text
+    saved.artifact.programs = tuple(program for program in saved.artifact.programs if not program.shape.sampling)
+    assert "and samples" in str(refused(CapacityError, lambda: saved._shape(1, 20, True)))
+
+
+def test_mistakes_of_loading_are_told_in_four_lines(written: Callable[[str], Path], refused: Any, tmp_path: Path) -> None:
+    folder = written("ngram")
+    assert "compile must be one of" in str(refused(OptionError, lambda: autospec.load(folder, compile="jit")))
+    assert "there is no device called 'gpu'" in str(refused(OptionError, lambda: autospec.load(folder, device="gpu")))
+    assert "there is no such folder" in str(refused(ArtifactError, lambda: autospec.load(tmp_path / "none")))
+    assert "has no manifest.json" in str(refused(ArtifactError, lambda: autospec.load(tmp_path)))
+
+
+def test_a_loaded_model_explains_itself(written: Callable[[str], Path]) -> None:
+    saved = autospec.load(written("ngram"), compile="eager")
+    assert isinstance(saved, LoadedModel)
+    assert "select-kernels" in saved.explain()
+    assert "page-kv-cache" in saved.explain(), "what the exporting machine did is part of it"

@@ -337,7 +337,9 @@ def export(
     overwrite: bool = False,
     page_size: int | None = None,
     passes: str | Sequence[str] | None = None,
+    meta: bool = False,
     checkpoint: str | Path | None = None,
+    progress: bool = False,
 ) -> Path:
     """Write a directory that runs without transformers: graphs, weights, tokenizer and a manifest over all of them.
 
@@ -349,12 +351,15 @@ def export(
         sampling: programs that sample, or greedy ones; None: both.
         compile: "aot" also packages the graphs with AOTInductor for this machine's kind of device.
         overwrite: replace an artifact that stands there.
-        checkpoint: where the weights of a model on `meta` are; None: its graphs are exported without them.
+        meta: where `model` is a folder, never load its weights: capture on `meta`, then copy them tensor by tensor.
+        checkpoint: where the weights of a loaded model on `meta` are; None: its graphs are exported without them.
+        progress: show a bar.
 
     Raises:
         ArtifactError: the folder cannot be written; and what `optimize` raises.
     """
     fast = optimize(model, speculation, compile="eager", page_size=page_size, passes=passes)
+    fast.show_progress = progress
     return fast.save(
         directory, batch_sizes=batch_sizes, max_length=max_length, sampling=sampling, compile=compile,
         overwrite=overwrite, checkpoint=checkpoint,

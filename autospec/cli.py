@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _verb(verbs, "generate", _generate, "complete a prompt",
                      "autospec generate bundled:target --prompt 'def add(a, b):' --max-new-tokens 32")  # fmt: skip
-    model_arguments(generate)
+    model_arguments(generate, or_artifact=True)
     generate.add_argument("--prompt", required=True, help="text to complete")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -59,9 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
 
+    _export_arguments(verbs)
+
     explain = _verb(verbs, "explain", _explain, "print what every pass did, and why not",
                     "autospec explain bundled:target --speculation ngram --compile eager")  # fmt: skip
-    model_arguments(explain)
+    model_arguments(explain, or_artifact=True)
 
     _verb(verbs, "passes", _passes, "list the passes and their options", "autospec passes")
 
@@ -81,11 +83,17 @@ def _verb(verbs: Any, name: str, run: Any, help_text: str, example: str) -> argp
     return parser
 
 
-def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What verbs over a model and a drafter have in common."""
-    parser.add_argument("model", help="path or hub id of a causal LM; bundled:target is the demo model")
+def model_arguments(parser: argparse.ArgumentParser, *, or_artifact: bool = False, compiles: bool = True) -> None:
+    """What verbs over a model and a drafter have in common.
+
+    Args:
+        or_artifact: an exported folder may be given instead, which brings its drafter with it.
+        compiles: the verb runs the model.
+    """
+    known = "path or hub id of a causal LM; bundled:target is the demo model"
+    parser.add_argument("model", help=f"{known}; or a folder that `autospec export` wrote" if or_artifact else known)
     parser.add_argument(
-        "--speculation", default="auto",
+        "--speculation", default=None if or_artifact else "auto",
         help="auto, ngram, none, draft:MODEL for an external draft model, eagle3:HEAD or medusa:HEAD (default auto)",
     )
     parser.add_argument("--max-draft-len", type=int, default=None, help="draft tokens per step, or levels of a tree")
@@ -93,7 +101,34 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a static draft tree as paths of child ranks, such as [[0],[1],[0,0]]")  # fmt: skip
     parser.add_argument("--dynamic-tree-max-topk", type=int, default=None, metavar="K", help="grow a dynamic draft tree")
     parser.add_argument("--max-total-draft-tokens", type=int, default=None, metavar="M", help="nodes of a dynamic tree")
-    parser.add_argument("--compile", default="inductor", choices=("inductor", "eager"))
+    if compiles:
+        how = ("inductor", "eager", "aot") if or_artifact else ("inductor", "eager")
+        packaged = "; aot: what an artifact was packaged with" if or_artifact else ""
+        parser.add_argument("--compile", default=None if or_artifact else "inductor", choices=how,
+                            help=f"inductor (default) or eager{packaged}")  # fmt: skip
+    if or_artifact:
+        parser.add_argument("--fallback", action="store_true",
+                            help="where an artifact's packages are for another machine, use its portable graphs")  # fmt: skip
+        parser.add_argument("--device", default=None, help="cpu or cuda, for an artifact (default: where it was exported)")
+        parser.add_argument("--weights", default=None, metavar="DIR", help="checkpoint of an artifact of graphs only")
+
+
+def _export_arguments(verbs: Any) -> None:
+    export = _verb(verbs, "export", _export, "write a folder that runs without transformers and the model's code",
+                   "autospec export bundled:target --speculation ngram -o exported --force\n"
+                   "  autospec generate exported --prompt 'def add(a, b):' --compile eager")  # fmt: skip
+    model_arguments(export, compiles=False)
+    export.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to write")
+    export.add_argument("--batch-sizes", default="1", metavar="LIST", help="rows at once, such as 1,4 (default 1)")
+    export.add_argument("--max-length", type=int, default=None, help="tokens per row, prompt and output (default 512)")
+    export.add_argument("--page-size", type=int, default=None, help="cache rows per page")
+    export.add_argument("--decoding", default="both", choices=("both", "greedy", "sampling"),
+                        help="programs that sample, greedy ones, or both (default)")  # fmt: skip
+    export.add_argument("--compile", default=None, choices=("aot",),
+                        help="also package the graphs with AOTInductor for this kind of machine")  # fmt: skip
+    export.add_argument("--meta", action="store_true",
+                        help="never load the weights: capture on meta, then copy them tensor by tensor")  # fmt: skip
+    export.add_argument("--force", action="store_true", help="replace an artifact that stands there")
 
 
 def _paths(text: str) -> Any:
@@ -121,53 +156,107 @@ def speculation_of(asked: argparse.Namespace) -> Any:
     given: dict[str, Any] = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     if "eagle_choices" in given:
         given["eagle_choices"] = _paths(given["eagle_choices"])
-    kind, _, source = asked.speculation.partition(":")
+    chosen = "auto" if asked.speculation is None else asked.speculation
+    kind, _, source = chosen.partition(":")
     ranking = {"draft": DraftTargetConfig, "eagle3": Eagle3Config, "medusa": MedusaConfig}
     if kind in ranking and not source:
-        raise OptionError(f"--speculation {kind} needs the draft's folder or hub id", at=f"--speculation {asked.speculation}",
+        raise OptionError(f"--speculation {kind} needs the draft's folder or hub id", at=f"--speculation {chosen}",
                           where="autospec", help=f"write {kind}:PATH, such as eagle3:bundled:eagle3")  # fmt: skip
     if kind in ranking:
         return ranking[kind](resolve(source), **given)
-    if asked.speculation == "ngram" and set(given) <= {"max_draft_len"}:
+    if chosen == "ngram" and set(given) <= {"max_draft_len"}:
         return NGramConfig(**given)
     if given:
         option = "--" + next(name for name in given if name != "max_draft_len" or len(given) == 1).replace("_", "-")
-        raise OptionError(f"{option} needs a drafter that takes it, not '{asked.speculation}'", at=option,
-                          where=f"--speculation {asked.speculation}",
+        raise OptionError(f"{option} needs a drafter that takes it, not '{chosen}'", at=option,
+                          where=f"--speculation {chosen}",
                           help="add --speculation draft:MODEL, eagle3:HEAD or medusa:HEAD")  # fmt: skip
-    return None if asked.speculation == "none" else asked.speculation
+    return None if chosen == "none" else chosen
 
 
 def _optimized(asked: argparse.Namespace) -> Any:
-    from autospec.api import optimize
+    """The model that a verb was given, optimised just now or loaded from an artifact."""
+    from autospec.artifact.manifest import is_artifact
     from autospec.model_zoo.bundled import resolve
 
-    fast = optimize(resolve(asked.model), speculation_of(asked), compile=asked.compile)
+    if is_artifact(asked.model):
+        fast = _loaded(asked)
+    else:
+        from autospec.api import optimize
+
+        for option in ("fallback", "device", "weights"):
+            if getattr(asked, option):
+                raise OptionError(f"--{option} is for a folder that `autospec export` wrote", at=f"--{option}",
+                                  where=asked.model, help="leave it out")  # fmt: skip
+        if asked.compile == "aot":
+            raise OptionError("packages belong to an artifact", at="--compile aot", where=asked.model,
+                              help=f"run `autospec export {asked.model} --compile aot -o DIR` first")  # fmt: skip
+        fast = optimize(resolve(asked.model), speculation_of(asked), compile=asked.compile or "inductor")
     fast.show_progress = True
     return fast
 
 
-def _generate(asked: argparse.Namespace) -> int:
-    from transformers import AutoTokenizer
+def _loaded(asked: argparse.Namespace) -> Any:
+    from autospec.loaded import load
 
+    drafting = ("speculation", "max_draft_len", "eagle_choices", "dynamic_tree_max_topk", "max_total_draft_tokens")
+    for name in drafting:
+        if getattr(asked, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise OptionError("an artifact has the drafter it was exported with", at=option, where=asked.model,
+                              help=f"leave {option} out, or export the model again")  # fmt: skip
+    return load(asked.model, compile=asked.compile, device=asked.device, weights=asked.weights, fallback=asked.fallback)
+
+
+def _export(asked: argparse.Namespace) -> int:
+    from autospec.api import export
     from autospec.model_zoo.bundled import resolve
 
-    if asked.temperature < 0:
-        raise OptionError(f"--temperature must not be negative, got {asked.temperature}", at="--temperature",
-                          where="autospec generate", help="0 decodes greedily")  # fmt: skip
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(asked.model))
+        sizes = [int(word) for word in asked.batch_sizes.split(",")]
+    except ValueError:
+        raise OptionError(f"--batch-sizes must be numbers, got {asked.batch_sizes!r}", at="--batch-sizes",
+                          where="autospec export", help="for example --batch-sizes 1,4") from None  # fmt: skip
+    path = export(
+        resolve(asked.model), asked.output, speculation_of(asked), batch_sizes=sizes, max_length=asked.max_length,
+        sampling={"both": None, "greedy": False, "sampling": True}[asked.decoding], compile=asked.compile,
+        overwrite=asked.force, page_size=asked.page_size, meta=asked.meta, progress=True,
+    )  # fmt: skip
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    print(f"wrote {path}: {size / 1e6:.1f} MB")
+    print(f"try: autospec generate {path} --prompt 'def add(a, b):'")
+    return 0
+
+
+def _tokenizer(asked: argparse.Namespace) -> Any:
+    """encode(text) -> [1, S] ids, decode(ids) -> text; an artifact's needs no transformers."""
+    from autospec.artifact.manifest import is_artifact
+    from autospec.model_zoo.bundled import resolve
+
+    if is_artifact(asked.model):
+        from autospec.runtime.text import load_tokenizer
+
+        return load_tokenizer(asked.model)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(asked.model))
     except (OSError, ValueError) as error:
         raise CheckpointError("the model's tokenizer cannot be loaded", at=asked.model, where="autospec generate",
                               help=f"text needs one: {(str(error).splitlines() or [''])[0]:.120}") from error  # fmt: skip
+
+
+def _generate(asked: argparse.Namespace) -> int:
+    if asked.temperature < 0:
+        raise OptionError(f"--temperature must not be negative, got {asked.temperature}", at="--temperature",
+                          where="autospec generate", help="0 decodes greedily")  # fmt: skip
+    tokenizer = _tokenizer(asked)
     fast = _optimized(asked)
-    inputs = tokenizer(asked.prompt, return_tensors="pt")
+    prompt = tokenizer.encode(asked.prompt)
     sampling: dict[str, Any] = {"do_sample": False}
     if asked.temperature > 0:
         sampling = {"do_sample": True, "temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
-    output = fast.generate(
-        inputs["input_ids"], inputs.get("attention_mask"), max_new_tokens=asked.max_new_tokens, seed=asked.seed, **sampling
-    )
+    output = fast.generate([prompt], max_new_tokens=asked.max_new_tokens, seed=asked.seed, **sampling)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
     print(fast.metrics, file=sys.stderr)
     return 0

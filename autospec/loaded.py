@@ -10,6 +10,7 @@ import torch
 
 from autospec.api import Limits, OptimizedModel
 from autospec.errors import ArtifactError, CapacityError, OptionError
+from autospec.ir.archive import check_data, read_graph
 from autospec.ir.passes import PassRecord
 from autospec.program import ModelFacts, Program, Shape
 from autospec.runtime.artifact import Artifact
@@ -49,7 +50,6 @@ class LoadedModel(OptimizedModel):
         return max(fitting, key=lambda shape: (shape.batch_size, -shape.max_length, not shape.sampling))
 
     def _build(self, shape: Shape) -> Program:
-        from autospec.ir.archive import read_graph
         from autospec.lower import Unlowered, lower_program
 
         stored = self.artifact.program(shape)
@@ -61,7 +61,7 @@ class LoadedModel(OptimizedModel):
 
 def load(
     directory: str | Path, *, compile: str | None = None, device: str | torch.device | None = None,
-    weights: str | Path | None = None,
+    weights: str | Path | None = None, fallback: bool = False,
 ) -> LoadedModel:  # fmt: skip
     """Open an artifact that `autospec.export` wrote; its `generate` emits the tokens of the model that was exported.
 
@@ -84,6 +84,8 @@ def load(
     if artifact.device.type == "cuda" and not torch.cuda.is_available():
         raise ArtifactError(f"the artifact runs on {artifact.device}, and there is no CUDA device here", at=str(artifact.device),
                             where=str(directory), help="say device='cpu' to run its portable graphs there")  # fmt: skip
+    for graph in {graph.path: graph for program in artifact.programs for graph in program.graphs}.values():
+        check_data(graph.path)  # all of them before any is read
     shapes = [program.shape for program in artifact.programs]
     limits = Limits(max(shape.batch_size for shape in shapes), max(shape.max_length for shape in shapes), None)
     draft = None if artifact.draft_facts is None else SavedModel(artifact.draft_facts)

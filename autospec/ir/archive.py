@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from autospec.errors import ArtifactError
-from autospec.ir.build import value_of
+from autospec.ir.build import fake_mode, value_of
 from autospec.ir.slots import Slot, slot_of
 from autospec.kernels.registry import load_all
 
@@ -90,16 +90,21 @@ def read_graph(path: Path, declared: Sequence[Slot], device: torch.device) -> fx
     Raises:
         ArtifactError: the archive holds anything but a graph, or another one.
     """
-    for reason in why_not_data(path):
-        raise ArtifactError(reason, at=path.name, where=str(path.parent),
-                            help="only archives that `autospec export` wrote are read")  # fmt: skip
+    check_data(path)
     load_all()  # the file names ops of every kernel file
-    exported = torch.export.load(path)
-    graph = exported.graph
+    try:
+        graph = torch.export.load(path).graph
+    except Exception as error:  # another torch's format, or one that nobody wrote
+        raise ArtifactError(f"torch {torch.__version__} cannot read the graph: {str(error)[:120]}", at=path.name,
+                            where=str(path.parent), help="export the model with this torch") from error  # fmt: skip
     placeholders = graph.find_nodes(op="placeholder")
     if len(placeholders) != len(declared):
         raise ArtifactError(f"the graph has {len(placeholders)} inputs, the manifest names {len(declared)}", at=path.name,
                             where=str(path.parent), help="export the model again")  # fmt: skip
+    for value, slot in zip([node.meta["val"] for node in placeholders], declared, strict=True):
+        if (tuple(value.shape), value.dtype) != (slot.shape, slot.dtype):
+            raise ArtifactError(f"the graph's input is not {slot.name}", at=path.name, where=str(path.parent),
+                                help="export the model again")  # fmt: skip
     for node in graph.nodes:
         custom = node.meta.get("custom") or {}
         node.meta = {"module": "", **{key: custom[key] for key in _KEPT if key in custom}}
@@ -109,13 +114,16 @@ def read_graph(path: Path, declared: Sequence[Slot], device: torch.device) -> fx
 
 
 def placed(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """A copy of a specialised graph on a device; weights and state are contiguous."""
+    """A copy of a specialised graph on a device; weights and state are contiguous where it moves."""
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, mapped))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    stays = module.meta.get("device") == device
+    mode = fake_mode(module) if stays else FakeTensorMode(allow_non_fake_inputs=True)
     for old, new in mapped.items():
         new.meta = copy.copy(old.meta)
+        if stays:
+            continue
         if new.op == "placeholder":
             slot = slot_of(new)
             with mode:
@@ -132,6 +140,13 @@ def placed(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
 def _on(device: torch.device, arguments: Any) -> Any:
     """Arguments with every device replaced."""
     return fx.node.map_aggregate(arguments, lambda value: device if isinstance(value, torch.device) else value)
+
+
+def check_data(path: Path) -> None:
+    """Raise ArtifactError if an archive holds more than a graph."""
+    for reason in why_not_data(path):
+        raise ArtifactError(reason, at=path.name, where=str(path.parent),
+                            help="only archives that `autospec export` wrote are read")  # fmt: skip
 
 
 def why_not_data(path: Path) -> Iterator[str]:

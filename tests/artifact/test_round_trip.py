@@ -48,7 +48,7 @@ def elsewhere(*asked: tuple[Path, list[list[int]], list[dict[str, Any]]]) -> tup
     return found, loaded
 
 
-@pytest.mark.parametrize("drafter", ["auto", "eagle dynamic", "medusa static"])
+@pytest.mark.parametrize("drafter", ["auto", "medusa static"])
 def test_every_kind_of_drafter_comes_back(drafter: str, written: Callable[[str], Path]) -> None:
     saved = autospec.load(written(drafter), compile="eager")
     fast = tiny_optimized(drafter)
@@ -60,7 +60,7 @@ def test_every_kind_of_drafter_comes_back(drafter: str, written: Callable[[str],
 
 def test_a_fresh_process_needs_no_transformers(tmp_path: Path) -> None:
     """The bundled model with three drafters, and four families, in one process."""
-    options = [{"max_new_tokens": 16, "pad_token_id": 0, **one} for one in OPTIONS]
+    options = [{"max_new_tokens": 12, "pad_token_id": 0, **one} for one in OPTIONS]
     made, expected = [], []
     families = map(family, ("llama", "gemma3_text", "mixtral", "gpt2"))
     for number, fast in enumerate([*map(demo, ("ngram", "draft", "eagle3")), *families]):
@@ -75,20 +75,21 @@ def test_a_fresh_process_needs_no_transformers(tmp_path: Path) -> None:
 
 
 def test_weights_are_stored_once(written: Callable[[str], Path]) -> None:
-    """The tiny target ties nothing; the head reads the target's embedding, which is stored once under one of its names."""
+    """A draft that is the target itself adds names, not tensors; fused copies are not stored."""
     from safetensors import safe_open
 
-    folder = written("eagle dynamic")
+    folder = written("twin")
     aliases = json.loads((folder / "manifest.json").read_text())["weights"]["aliases"]
-    assert aliases, "the head's embedding is the target's"
+    assert len(aliases) >= 18, "all weights of two layers, embedding and norms"
     with safe_open(folder / FILE, "pt") as file:
-        stored = set(file.keys())
-        sizes = sum(file.get_tensor(name).numel() for name in stored)
-    assert not stored & set(aliases)
-    assert set(aliases.values()) <= stored
-    head, target = captured("eagle").weights, captured("target").weights
-    unique = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in [*head.values(), *target.values()]}
-    assert sizes <= sum(unique.values()) + 200, "fused or packed copies are not stored"
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    assert not set(stored) & set(aliases)
+    assert set(aliases.values()) <= set(stored)
+    weights = captured("target").weights.values()
+    assert sum(tensor.numel() for tensor in stored.values()) == sum(tensor.numel() for tensor in weights)
+    saved = autospec.load(folder, compile="eager")
+    alias, name = next(iter(aliases.items()))
+    assert torch.equal(saved.artifact.weights[alias], stored[name])
 
 
 def test_loaded_weights_are_shared_by_the_graphs(written: Callable[[str], Path]) -> None:

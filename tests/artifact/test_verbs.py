@@ -1,0 +1,60 @@
+"""export and generate on the command line: text without transformers, mistakes in four lines, status 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness.artifacts import demo
+
+from autospec.cli import main
+
+PROMPT = "def add(a, b):"
+SCRIPT = """
+import sys
+from autospec.cli import main
+status = main(sys.argv[1:])
+assert not [name for name in sys.modules if name.startswith("transformers")]
+sys.exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    fast = demo("ngram")
+    fast.sources = {**fast.sources, "target": "model_zoo/demo/target"}  # type: ignore[misc]
+    root = Path(__file__).resolve().parents[2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        return fast.save(tmp_path_factory.mktemp("demo") / "exported", max_length=64, sampling=False)
+
+
+def test_text_without_transformers(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).resolve().parents[2] / "model_zoo/demo/target")
+    ids = demo("ngram").generate(tokenizer(PROMPT, return_tensors="pt").input_ids, max_new_tokens=12, do_sample=False)
+    options = ["generate", str(exported), "--prompt", PROMPT, "--max-new-tokens", "12", "--compile", "eager"]
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, *options], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-1500:]
+    assert ran.stdout == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "DIR", "--prompt", "x", "--speculation", "ngram"], "an artifact has the drafter it was exported with"),
+        (["generate", "DIR", "--prompt", "x", "--max-draft-len", "3"], "an artifact has the drafter it was exported with"),
+        (["generate", "bundled:target", "--prompt", "x", "--fallback"], "--fallback is for a folder"),
+        (["generate", "bundled:target", "--prompt", "x", "--compile", "aot"], "packages belong to an artifact"),
+        (["export", "bundled:target", "-o", "x", "--batch-sizes", "1,b"], "--batch-sizes must be numbers"),
+        (["generate", "DIR", "--prompt", "x", "--device", "gpu"], "there is no device called 'gpu'"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(exported) if word == "DIR" else word for word in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-4]
+    assert [line.split()[0] for line in lines[-3:]] == ["at", "in", "help"]

@@ -55,7 +55,8 @@ class LoadedModel(OptimizedModel):
         stored = self.artifact.program(shape)
         graphs = {graph.name: read_graph(graph.path, graph.slots, self.artifact.device) for graph in stored.graphs}
         records = [record for record in self.artifact.records(shape) if record.stage != "select"]
-        unlowered = Unlowered(shape, self.artifact.facts_here(), graphs, self.artifact.weights, records)
+        weights: Any = self.artifact.weights  # a mapping that reads them when asked for
+        unlowered = Unlowered(shape, self.artifact.facts_here(), graphs, weights, records)
         return lower_program(unlowered, self.compile, self._weights, self.show_progress, self.left_out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -38,7 +38,7 @@ class Unlowered:
     shape: Shape
     facts: ModelFacts
     graphs: dict[str, fx.GraphModule]
-    weights: Mapping[str, Tensor]
+    weights: dict[str, Tensor]
     records: list[PassRecord]
 
 

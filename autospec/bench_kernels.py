@@ -15,8 +15,8 @@ import torch
 from autospec.kernels.timing import Measurement
 
 FILES = [
-    "paged_attention", "append_kv", "compact_kv", "tree_tables", "accept_tree", "choose_tokens", "rank_children",
-    "grow_frontier", "build_dynamic_tree", "ngram_propose", "skinny_linear",
+    "paged_attention", "fused_linear", "append_kv", "append_rotated", "compact_kv", "tree_tables",
+    "accept_tree", "choose_tokens", "rank_children", "grow_frontier", "build_dynamic_tree", "ngram_propose", "skinny_linear",
 ]  # fmt: skip
 BANDWIDTH = 3.0e12  # bytes per second, a large copy on an H100 80GB SXM, 2026-11-13
 

@@ -21,7 +21,7 @@ from autospec.ir.build import Builder, fake_mode, value_of
 from autospec.ir.passes import PassRecord
 from autospec.ir.runner import run_stages
 from autospec.ir.slots import Slot, slots
-from autospec.kernels.registry import KernelOp, find
+from autospec.kernels.registry import DIRECT, KernelOp, find
 from autospec.program import Graph, ModelFacts, Program, Shape, materialise
 
 
@@ -78,8 +78,20 @@ def lower(module: fx.GraphModule, name: str, how: str) -> Graph:
         raise OptionError(f"compile must be 'inductor' or 'eager', got {how!r}", at=f"compile={how!r}")
     start = time.perf_counter()
     inline_references(module)
+    launch_directly(module)
     call = compile_with_inductor(module)
     return Graph(name, declared, call, module, time.perf_counter() - start, is_compiled=True)
+
+
+def launch_directly(module: fx.GraphModule) -> None:
+    """Let kernels that wait inside for the one before them be launched by Triton: Inductor's launches cannot overlap.
+
+    Python runs them once, while a CUDA graph is captured.
+    """
+    for node in module.graph.nodes:
+        if node.target in DIRECT:
+            node.target = DIRECT[node.target]
+    module.recompile()
 
 
 def inline_references(module: fx.GraphModule) -> int:

@@ -26,6 +26,8 @@ from autospec.passes.attach_medusa_heads import AttachMedusaHeads
 from autospec.passes.bind_positions import BindPositions
 from autospec.passes.fold_noops import FoldNoops
 from autospec.passes.fuse_linears import FuseLinears
+from autospec.passes.fuse_neighbours import FuseNeighbours
+from autospec.passes.fuse_rope import FuseRope
 from autospec.passes.gather_logits import GatherLogits
 from autospec.passes.mask_tree import MaskTree
 from autospec.passes.narrow_linears import NarrowLinears
@@ -209,7 +211,7 @@ def taps(draft: DraftParts | None) -> list[Pass]:
 
 def finish() -> list[Stage]:
     """What every graph of a program ends with."""
-    return [Stage("optimise", [FuseLinears()]), select()]
+    return [Stage("optimise", [FuseLinears(), FuseNeighbours(), FuseRope()]), select()]
 
 
 def select() -> Stage:

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autospec.kernels.launch import jit, no_gpu, power_of_2, rows_of, tl, wrap_triton
+from autospec.kernels.launch import (
+    can_wait,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    no_gpu,
+    power_of_2,
+    rows_of,
+    tl,
+    wrap_triton,
+)
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
 
@@ -50,8 +60,11 @@ def append_rows(
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_kp, stride_ks, stride_kph, stride_vp, stride_vs, stride_vph, stride_tb, max_pages,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WAITS: tl.constexpr,
 ):
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_n, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_h, o_d, o_dv = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
     slot = tl.load(p_lens + i_b) + i_n
@@ -66,7 +79,7 @@ def append_rows(
     tl.store(p_v_row + o_h * stride_vph + o_dv, b_v.to(p_v_pages.dtype.element_ty), mask=m_v)
 
 
-@append_kv.implementation("triton", why_not=why_not_triton)
+@append_kv.implementation("triton", why_not=why_not_triton, waits=True)
 def append_kv_triton(
     k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_lens: Tensor
 ) -> None:
@@ -74,13 +87,13 @@ def append_kv_triton(
     k, v = rows_of(k), rows_of(v)
     batch, q_len, heads, head_dim = k.shape
     v_dim = v.shape[3]
-    wrap_triton(append_rows)[(q_len, batch)](
+    wrap_triton(append_rows, waits=True)[(q_len, batch)](
         k, v, k_pages, v_pages, page_table, kv_lens,
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
         v_pages.stride(0), v_pages.stride(1), v_pages.stride(2), page_table.stride(0), page_table.shape[1],
         H=heads, D=head_dim, DV=v_dim, PAGE=k_pages.shape[1],
-        BLOCK_H=power_of_2(heads), BLOCK_D=power_of_2(head_dim), BLOCK_DV=power_of_2(v_dim),
+        BLOCK_H=power_of_2(heads), BLOCK_D=power_of_2(head_dim), BLOCK_DV=power_of_2(v_dim), WAITS=can_wait(k),
     )
 
 

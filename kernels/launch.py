@@ -7,7 +7,9 @@ is imported, kernels are interpreted and launched as they are: tests do that in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,18 +18,68 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
-    triton = tl = None
+    triton = tl = gdc_launch_dependents = gdc_wait = None
+
+_is_direct: ContextVar[bool] = ContextVar("is_direct", default=False)
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """triton.jit where triton is installed; otherwise the function stays as it is and nobody calls it."""
-    return function if triton is None else triton.jit(function)
+    if function is None:
+        return lambda inner: jit(inner, **options)
+    return function if triton is None else triton.jit(function, **options)
 
 
-def wrap_triton(kernel: Any) -> Any:
-    """The object to index with a grid: torch.library.wrap_triton, or the kernel itself under the interpreter."""
-    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel
+@contextmanager
+def launching_directly() -> Iterator[None]:
+    """Kernels are launched by Triton itself, not shown to Inductor: only so can a kernel start before the one before it ends."""
+    token = _is_direct.set(True)
+    try:
+        yield
+    finally:
+        _is_direct.reset(token)
+
+
+class _Direct:
+    """A kernel that is launched by Triton itself."""
+
+    def __init__(self, kernel: Any, options: dict[str, Any]) -> None:
+        self.kernel, self.options = kernel, options
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            return self.kernel[grid](*args, **kwargs, **self.options)
+
+        return launch
+
+
+def wrap_triton(kernel: Any, waits: bool = False) -> Any:
+    """The object to index with a grid: torch.library.wrap_triton, or the kernel itself under the interpreter.
+
+    Args:
+        waits: the kernel has a constexpr WAITS (`can_wait`) and calls gdc_wait before it reads or writes what another
+            kernel may. Where kernels are launched directly it then starts while the kernel before it still runs.
+    """
+    if not isinstance(kernel, triton.runtime.JITFunction):
+        return kernel
+    if _is_direct.get():
+        return _Direct(kernel, {"launch_pdl": True} if waits else {})
+    return torch.library.wrap_triton(kernel)
+
+
+def can_wait(tensor: Tensor) -> bool:
+    """Whether kernels on this GPU can start before their turn and wait inside (programmatic dependent launch: Hopper)."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+@jit
+def fetch_line(p):
+    """Bring the cache line of every address into L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 def power_of_2(n: int) -> int:

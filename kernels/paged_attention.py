@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 
 from autospec.kernels.attention import alibi_bias, attend, see
-from autospec.kernels.launch import jit, multiprocessors, no_gpu, power_of_2, rows_of, tl, wrap_triton
+from autospec.kernels.launch import (
+    can_wait,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    multiprocessors,
+    no_gpu,
+    power_of_2,
+    rows_of,
+    tl,
+    wrap_triton,
+)
 from autospec.kernels.native import not_on_cpu, why_not_built
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
@@ -271,7 +282,11 @@ def attend_split(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, WORDS: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, IS_WIDE: tl.constexpr,
     M: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PREFETCH: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     scale = tl.cast(scale, tl.float32)
@@ -393,8 +408,13 @@ def attend_split(
 
 
 @jit
-def combine_splits(p_part, p_lse, p_out, DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_DV: tl.constexpr):
+def combine_splits(
+    p_part, p_lse, p_out, DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_DV: tl.constexpr, WAITS: tl.constexpr
+):
     """Weigh the splits of one row (i_r) by their share of the softmax; a row that saw nothing becomes 0."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_r = tl.program_id(0).to(tl.int64)
     o_s, o_dv = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
     b_lse = tl.load(p_lse + i_r * SPLITS + o_s)
@@ -424,7 +444,7 @@ def attend_pages(
         part = q.new_empty(batch, q_len, q_heads, tile.splits, v_dim, dtype=torch.float32)
         lse = q.new_empty(batch, q_len, q_heads, tile.splits, dtype=torch.float32)
     block_dv = max(power_of_2(v_dim), 16)
-    wrap_triton(attend_split)[((q_len * group + tile.rows - 1) // tile.rows * tile.splits, kv_heads, batch)](
+    wrap_triton(attend_split, waits=True)[((q_len * group + tile.rows - 1) // tile.rows * tile.splits, kv_heads, batch)](
         q, k_pages, v_pages, page_table, kv_lens, q_lens, None if tree_mask is None else tree_mask.contiguous(), sinks,
         alibi_slopes, part, lse, q.stride(0), q.stride(1), q.stride(2), page_table.stride(0),
         q_len, 0 if tree_mask is None else tree_mask.shape[1] - q_len, page_table.shape[1], scale,
@@ -433,16 +453,16 @@ def attend_pages(
         WINDOW=window, CHUNK=chunk, SOFTCAP=softcap, SPLITS=tile.splits,
         IS_WIDE=max(k_pages.numel(), v_pages.numel()) >= 2**31,
         M=tile.rows, T=tile.slots, BLOCK_D=max(power_of_2(head_dim), 16), BLOCK_DV=block_dv,
-        PREFETCH=tile.is_prefetching, num_warps=tile.warps, num_stages=tile.stages,
+        PREFETCH=tile.is_prefetching, WAITS=can_wait(q), num_warps=tile.warps, num_stages=tile.stages,
     )
     if tile.splits > 1:
-        wrap_triton(combine_splits)[(batch * q_len * q_heads,)](
-            part, lse, out, DV=v_dim, SPLITS=tile.splits, BLOCK_DV=block_dv, num_warps=1
+        wrap_triton(combine_splits, waits=True)[(batch * q_len * q_heads,)](
+            part, lse, out, DV=v_dim, SPLITS=tile.splits, BLOCK_DV=block_dv, WAITS=can_wait(q), num_warps=1
         )
     return out
 
 
-@paged_attention.implementation("triton", why_not=why_not_triton)
+@paged_attention.implementation("triton", why_not=why_not_triton, waits=True)
 def paged_attention_triton(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, kv_lens: Tensor, q_lens: Tensor | None = None,
     tree_mask: Tensor | None = None, sinks: Tensor | None = None, scale: float = 1.0, window: int = 0, chunk: int = 0,

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from autospec.kernels.launch import launching_directly
+
 Support = Callable[[Mapping[str, Any]], str | None]
 
 if not __name__.startswith("autospec."):
@@ -60,8 +62,15 @@ class KernelOp:
         bound.apply_defaults()
         return dict(bound.arguments)
 
-    def implementation(self, backend: str, *, why_not: Support) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a faster implementation with the reference's signature."""
+    def implementation(
+        self, backend: str, *, why_not: Support, waits: bool = False
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register a faster implementation with the reference's signature.
+
+        Args:
+            waits: its Triton kernels wait inside for the kernel before them (`wrap_triton`): where Python may launch
+                them, torch.ops.autospec_direct.<name> does.
+        """
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             define = torch.library.triton_op if backend == "triton" else torch.library.custom_op
@@ -70,9 +79,24 @@ class KernelOp:
                 definition.register_fake(self.reference)
             op = getattr(getattr(torch.ops, f"autospec_{backend}"), self.name).default
             self.implementations.append(Implementation(backend, why_not, op, function))
+            if waits:
+                DIRECT[op] = self._direct(function)
             return function
 
         return register
+
+    def _direct(self, function: Callable[..., Any]) -> Any:
+        """The same implementation as an op that Inductor does not look into."""
+
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            with launching_directly():
+                return function(*args, **kwargs)
+
+        schema = str(self.op._schema).removeprefix(f"autospec::{self.name}")
+        name = f"autospec_direct::{self.name}"
+        definition: Any = torch.library.custom_op(name, launch, mutates_args=self.mutates, schema=schema)
+        definition.register_fake(self.reference)
+        return getattr(torch.ops.autospec_direct, self.name).default
 
     def native(self, *, why_not: Support) -> None:
         """Register an implementation in C++, whose library `why_not` loads: torch.ops.autospec_cpu.<name>.
@@ -89,6 +113,7 @@ class KernelOp:
 
 _native = torch.library.Library("autospec_cpu", "DEF")
 REGISTRY: dict[str, KernelOp] = {}
+DIRECT: dict[Any, Any] = {}  # op of a Triton implementation -> the op that launches it from Python
 
 
 def kernel_op(

@@ -68,6 +68,9 @@ ARGUMENTS = {
     "log_probs": lambda: -torch.rand(B, L), "node_parents": lambda: torch.tensor([-1, 0, 0], dtype=torch.int32),
     "node_depth": lambda: torch.tensor([0, 1, 1], dtype=torch.int32), "rank_counts": lambda: integers(9, 4),
     "rows": lambda: torch.randn(N, 7), "ends": lambda: torch.tensor([2, 2, N], dtype=torch.int32),
+    "cos": lambda: torch.randn(B, N, D), "sin": lambda: torch.randn(B, N, D), "scales": lambda: torch.rand(128) + 0.5,
+    "norm_weight": lambda: torch.rand(96) + 0.5, "next_norm": lambda: torch.rand(64) + 0.5, "eps": lambda: 1e-5,
+    "squares": lambda: torch.rand(B, N, 3), "residual": lambda: torch.randn(B, N, 64), "activation": lambda: "silu",
     "max_position": lambda: 30, "q_len": lambda: N, "count": lambda: 3, "first_node": lambda: 0,
 }
 # Where an op's layout is another: attention comes as captured, heads before tokens; a prefill chunk chooses one token.
@@ -75,6 +78,12 @@ SPECIAL = {
     "attention": {
         "q": lambda: torch.randn(B, HQ, N, D), "k": lambda: torch.randn(B, HKV, N, D),
         "v": lambda: torch.randn(B, HKV, N, DV),
+    },
+    **{
+        name: {
+            "x": lambda: torch.randn(B, N, 96), "weight": lambda: torch.randn(128, 96), "bias": lambda: torch.randn(128),
+        }
+        for name in ("fused_linear", "fused_linear_normed")
     },
     "grouped_mm": {"weight": lambda: torch.randn(3, 7, 6)},
     "commit_prompt": {

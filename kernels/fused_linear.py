@@ -1,0 +1,296 @@
+"""A linear layer of few rows that takes in its neighbours: the RMSNorm before it, the gated activation and the residual after.
+
+x [..., I], weight [O, I] (gated: [2 O, I], gate rows first), bias [O or 2 O], scales [O or 2 O], norm_weight [I],
+squares [..., I / 32], residual [..., O] -> [..., O]. With so few rows a layer costs the time of reading its weights, and every
+small kernel between two layers leaves the memory idle.
+
+The Triton kernel streams the weights once for all rows, accumulates in float32 and rounds where the unfused ops round, but
+for the norm: x * norm_weight is rounded once and the row's 1 / rms multiplies the sum. Norming in the loop costs time
+(4 to 6 us of a Llama-3.1-8B layer's 170, and all of what is gained from 17 rows on), so the layer before does it
+(`fused_linear_normed`): it knows the next norm's weight and leaves x * norm_weight and sums of squares behind.
+A row's result does not depend on the other rows, nor on how many there are up to the next tile (16, 32, 64).
+
+One Llama-3.1-8B layer of 8 rows with attention over 700 tokens, H100 80GB SXM, triton 3.6, 2026-11-21, us (the weights' bytes
+take 145 at 3.0 TB/s):
+    norms in the loop, kernels one after the other       173.7
+    the next kernel launched at the start of each        184.8   (its programs take the place of late ones of this)
+    the next kernel launched when a program is done      172.0
+    norms by the layer before                            167.6
+    the next kernel launched 512 inputs before the end,
+    128 inputs of its weights fetched while it waits     165.2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import cycle, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autospec.kernels.launch import (
+    can_wait,
+    fetch_line,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    no_gpu,
+    power_of_2,
+    tl,
+    wrap_triton,
+)
+from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
+
+MOST = 64  # rows; past them arithmetic counts, and cuBLAS is as fast
+MOST_NORMED = 16  # rows that are normed in the loop: every program norms all of them (64 rows: 30.5 us instead of 20.9)
+PART = 32  # outputs whose squares are summed
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@kernel_op()
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None,
+    norm_weight: Tensor | None = None, squares: Tensor | None = None, residual: Tensor | None = None, eps: float = 0.0,
+    activation: str = "",
+) -> Tensor:
+    """x [..., I], weight [O, I] -> [..., O]: residual + act(gate) * up, or residual + y, of y = norm(x) @ (weight * scales).T + bias.
+
+    scales float32: weight is float8_e4m3fn and row o stands for weight[o] * scales[o]. norm_weight: x is normed; squares
+    float32: x is the product with the norm's weight already, and its row had this sum of squares; neither: x as it is.
+    activation "": not gated.
+    """
+    if norm_weight is not None:
+        wide = x.float()
+        x = norm_weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if squares is not None:
+        x = (x.float() * torch.rsqrt(squares.sum(-1, keepdim=True) / x.shape[-1] + eps)).to(x.dtype)
+    if scales is not None:
+        weight = (weight.float() * scales[:, None]).to(x.dtype)
+    y = torch.nn.functional.linear(x, weight, bias)
+    if activation:
+        gate, up = y.chunk(2, -1)
+        gate = torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
+        y = gate * up
+    return y if residual is None else residual + y
+
+
+@kernel_op()
+def fused_linear_normed(
+    x: Tensor, weight: Tensor, next_norm: Tensor, bias: Tensor | None = None, scales: Tensor | None = None,
+    norm_weight: Tensor | None = None, squares: Tensor | None = None, residual: Tensor | None = None, eps: float = 0.0,
+    activation: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., I] -> fused_linear's y [..., O], y * next_norm [O], and sums of 32 squares of y, [..., O / 32] float32."""
+    y = fused_linear.reference(x, weight, bias, scales, norm_weight, squares, residual, eps, activation)
+    return y, y * next_norm, y.float().pow(2).unflatten(-1, (-1, PART)).sum(-1)
+
+
+def why_not_triton(args: Mapping[str, Any]) -> str | None:
+    """Tensor cores, whole tiles, few rows."""
+    x, weight = args["x"], args["weight"]
+    rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
+    outputs = weight.shape[0] // (2 if args["activation"] else 1)
+    if (elsewhere := no_gpu(args)) is not None:
+        return elsewhere
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"inputs are {x.dtype}, not bfloat16 or float16"
+    if args["scales"] is None and weight.dtype != x.dtype:
+        return f"inputs are {x.dtype}, the weight is {weight.dtype}"
+    if args["scales"] is not None and weight.dtype != torch.float8_e4m3fn:
+        return f"a scaled weight is float8_e4m3fn, not {weight.dtype}"
+    if rows > MOST:
+        return f"{rows} rows are more than {MOST}"
+    if inputs % 64 or outputs % 32:
+        return f"a weight of {weight.shape[0]} x {inputs} is not made of tiles of 32 x 64"
+    if args["activation"] not in ("", *ACTIVATIONS):
+        return f"activation {args['activation']!r} is not one of {', '.join(ACTIVATIONS)}"
+    if x.dtype == torch.float16 and not all(args.get(name) is None for name in ("norm_weight", "squares", "next_norm")):
+        return "x times the norm's weight, before its division, may leave float16's range"
+    if args["norm_weight"] is not None and rows > MOST_NORMED:
+        return f"{rows} rows are more than {MOST_NORMED} to norm in every program"
+    if not weight.is_contiguous():
+        return "the weight is not contiguous"
+    return None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut.
+
+    Args:
+        outputs: of a program. inputs: of a step of its loop. stages: steps in flight. warps: of a program.
+        ahead: inputs of the weight that are fetched before the wait for the kernel before.
+        early: inputs before the end where the next kernel may start.
+    """
+
+    outputs: int
+    inputs: int
+    stages: int
+    warps: int
+    ahead: int = 128
+    early: int = 512
+
+
+def choose_tile(rows: int, outputs: int, inputs: int, is_gated: bool) -> Tile:
+    """The best of a sweep of about 30 tiles per layer on an H100 80GB SXM, Llama-3.1-8B, triton 3.6, 2026-11-21."""
+    wide, stages, warps = (128, 4, 8) if is_gated else (256, 4, 4) if rows <= 16 else (128, 6, 4)
+    while inputs % wide:
+        wide //= 2
+    across = 64 if outputs % 64 == 0 and outputs >= 64 * 64 else 32
+    return Tile(across, wide, stages, warps if across == 64 else 4)
+
+
+# A program computes O outputs (o_o) of all R rows (o_r, padded), I inputs (o_i) at a time.
+@jit
+def activate(b_gate, ACTIVATION: tl.constexpr):
+    """In float32."""
+    if ACTIVATION == "silu":
+        return b_gate / (1.0 + tl.exp(-b_gate))
+    else:  # 0.5 (1 + tanh z) = sigmoid(2 z)
+        z = 0.7978845608028654 * (b_gate + 0.044715 * b_gate * b_gate * b_gate)
+        return b_gate / (1.0 + tl.exp(-2.0 * z))
+
+
+@jit(do_not_specialize=("rows",))
+def stream_weight(
+    p_x, p_w, p_b, p_s, p_n, p_sq, p_res, p_next, p_out, p_scaled, p_squares, rows, outputs, inputs: tl.constexpr, eps,
+    ACTIVATION: tl.constexpr, R: tl.constexpr, O: tl.constexpr, I: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    GATED: tl.constexpr = ACTIVATION != ""
+    o_o = tl.program_id(0) * O + tl.arange(0, O)
+    o_r, o_i = tl.arange(0, R), tl.arange(0, I)
+    up = outputs.to(tl.int64) * inputs  # from a gate's row to that of its up
+    p_w += o_o[:, None].to(tl.int64) * inputs
+    if WAITS:
+        if AHEAD > 0:  # weights are nobody's result: bring the first ones into L2 while the kernel before still runs
+            p_line = p_w + (tl.arange(0, AHEAD // 64) * 64)[None, :]
+            fetch_line(p_line)
+            if GATED:
+                fetch_line(p_line + up)
+        gdc_wait()
+    p_w += o_i[None, :]
+    p_x += o_r[None, :] * inputs + o_i[:, None]
+    m_r = (o_r < rows)[None, :]
+    dtype = p_x.dtype.element_ty
+    b_acc, b_up, b_square = tl.zeros((O, R), tl.float32), tl.zeros((O, R), tl.float32), tl.zeros((R,), tl.float32)
+    for i in range(0, inputs, I):
+        if WAITS:
+            if i == inputs - EARLY:
+                gdc_launch_dependents()
+        b_w = tl.load(p_w + i)
+        if GATED:
+            b_w_up = tl.load(p_w + i + up)
+        b_x = tl.load(p_x + i, mask=m_r, other=0.0)
+        if p_n is not None:
+            b_wide = b_x.to(tl.float32)
+            b_square += tl.sum(b_wide * b_wide, 0)
+            b_x = (b_wide * tl.load(p_n + i + o_i).to(tl.float32)[:, None]).to(dtype)
+        b_acc = tl.dot(b_w.to(dtype), b_x, b_acc)
+        if GATED:
+            b_up = tl.dot(b_w_up.to(dtype), b_x, b_up)
+    if p_sq is not None:
+        o_p = tl.arange(0, BLOCK_P)[:, None]
+        p_sq += o_r[None, :] * (inputs // PART) + o_p
+        b_square = tl.sum(tl.load(p_sq, mask=m_r & (o_p < inputs // PART), other=0.0), 0)
+    if p_n is not None or p_sq is not None:
+        b_scale = tl.rsqrt(b_square / inputs + eps)[None, :]
+        b_acc *= b_scale
+        b_up *= b_scale
+    if p_s is not None:
+        b_acc *= tl.load(p_s + o_o)[:, None]
+        if GATED:
+            b_up *= tl.load(p_s + outputs + o_o)[:, None]
+    if p_b is not None:
+        b_acc += tl.load(p_b + o_o).to(tl.float32)[:, None]
+        if GATED:
+            b_up += tl.load(p_b + outputs + o_o).to(tl.float32)[:, None]
+    b_acc = b_acc.to(dtype).to(tl.float32)
+    if GATED:
+        b_acc = activate(b_acc, ACTIVATION).to(dtype).to(tl.float32) * b_up.to(dtype).to(tl.float32)
+    o_out = o_r[None, :] * outputs + o_o[:, None]
+    if p_res is not None:
+        b_acc = b_acc.to(dtype).to(tl.float32) + tl.load(p_res + o_out, mask=m_r, other=0.0).to(tl.float32)
+    b_out = b_acc.to(dtype)
+    tl.store(p_out + o_out, b_out, mask=m_r)
+    if p_next is not None:
+        b_wide = b_out.to(tl.float32)
+        b_scaled = b_wide * tl.load(p_next + o_o).to(tl.float32)[:, None]
+        tl.store(p_scaled + o_out, b_scaled.to(dtype), mask=m_r)
+        o_p = tl.program_id(0) * (O // PART) + tl.arange(0, O // PART)
+        b_parts = tl.sum(tl.reshape(b_wide * b_wide, (O // PART, PART, R)), 1)
+        tl.store(p_squares + o_r[None, :] * (outputs // PART) + o_p[:, None], b_parts, mask=m_r)
+
+
+def stream(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, norm_weight: Tensor | None,
+    squares: Tensor | None, residual: Tensor | None, next_norm: Tensor | None, eps: float, activation: str, tile: Tile,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Launch with a given tile."""
+    inputs = x.shape[-1]
+    rows, outputs = x.numel() // inputs, weight.shape[0] // (2 if activation else 1)
+    out = x.new_empty(*x.shape[:-1], outputs)
+    scaled = sums = None
+    if next_norm is not None:
+        scaled, sums = x.new_empty(*x.shape[:-1], outputs), x.new_empty(*x.shape[:-1], outputs // PART, dtype=torch.float32)
+    wrap_triton(stream_weight, waits=True)[(outputs // tile.outputs,)](
+        x.contiguous(), weight, bias, scales, norm_weight, squares, None if residual is None else residual.contiguous(),
+        next_norm, out, scaled, sums, rows, outputs, inputs, eps,
+        ACTIVATION=activation, R=max(16, power_of_2(rows)), O=tile.outputs, I=tile.inputs, PART=PART,
+        BLOCK_P=power_of_2(inputs // PART), AHEAD=tile.ahead, EARLY=tile.early, WAITS=can_wait(x), num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    return out, scaled, sums
+
+
+@fused_linear.implementation("triton", why_not=why_not_triton, waits=True)
+def fused_linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None,
+    norm_weight: Tensor | None = None, squares: Tensor | None = None, residual: Tensor | None = None, eps: float = 0.0,
+    activation: str = "",
+) -> Tensor:
+    """One launch that reads the weights once."""
+    rows, outputs = x.numel() // x.shape[-1], weight.shape[0] // (2 if activation else 1)
+    tile = choose_tile(rows, outputs, x.shape[-1], bool(activation))
+    return stream(x, weight, bias, scales, norm_weight, squares, residual, None, eps, activation, tile)[0]
+
+
+@fused_linear_normed.implementation("triton", why_not=why_not_triton, waits=True)
+def fused_linear_normed_triton(
+    x: Tensor, weight: Tensor, next_norm: Tensor, bias: Tensor | None = None, scales: Tensor | None = None,
+    norm_weight: Tensor | None = None, squares: Tensor | None = None, residual: Tensor | None = None, eps: float = 0.0,
+    activation: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same launch, which leaves two more results."""
+    rows, outputs = x.numel() // x.shape[-1], weight.shape[0] // (2 if activation else 1)
+    tile = choose_tile(rows, outputs, x.shape[-1], bool(activation))
+    y, scaled, sums = stream(x, weight, bias, scales, norm_weight, squares, residual, next_norm, eps, activation, tile)
+    assert scaled is not None, "there is a next norm"
+    assert sums is not None, "there is a next norm"
+    return y, scaled, sums
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """The layers of Llama-3.1-8B; weights beyond L2, since a step reads each once; exact is float64."""
+    layers = (("qkv", 6144, 4096, ""), ("o", 4096, 4096, ""), ("gate, up", 14336, 4096, "silu"), ("down", 4096, 14336, ""))
+    for rows, (name, outputs, inputs, activation) in product((1, 8, 64), layers):
+        height = outputs * (2 if activation else 1)
+        count = 1 + 300_000_000 // (2 * height * inputs)
+        x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
+        weights = [torch.randn(height, inputs, device=device, dtype=torch.bfloat16) / inputs**0.5 for _ in range(count)]
+        wide = torch.nn.functional.linear(x.double(), weights[0].double())
+        if activation:
+            wide = torch.nn.functional.silu(wide[:, :outputs]) * wide[:, outputs:]
+        turns = [cycle(weights), cycle(weights)]
+
+        def mine(x=x, turn=turns[0], activation=activation) -> Tensor:
+            return fused_linear_triton(x, next(turn), activation=activation)
+
+        def reference(x=x, turn=turns[1], activation=activation) -> Tensor:
+            return fused_linear.reference(x, next(turn), activation=activation)
+
+        moved = 2 * (height * inputs + rows * (inputs + outputs))
+        yield measure("fused_linear", f"{rows} rows, {name}", mine, reference, moved, wide)

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 import autospec
+from autospec.aot import describe, package
 from autospec.artifact.manifest import EXPLAIN, TOKENIZER, being_written, write_manifest
 from autospec.artifact.values import to_json
 from autospec.artifact.weights import FILE, Checkpoint, Layout, layout_of, missing_as_json, needed, write_weights
 from autospec.assemble import Draft, build_graphs
 from autospec.config import Speculation
-from autospec.errors import ArtifactError
+from autospec.errors import OptionError
 from autospec.ir.archive import write_graph
 from autospec.ir.slots import Slot, slots
 from autospec.lower import Unlowered
@@ -62,20 +63,27 @@ def export_to(
         overwrite: replace an artifact that stands there.
         checkpoint: a folder whose safetensors have the weights of a target on `meta`.
     """
+    if compile not in (None, "aot"):
+        raise OptionError(f"compile must be 'aot' or None, got {compile!r}", at=f"compile={compile!r}", where="autospec.export",
+                          help="the portable graphs are always written")  # fmt: skip
     with being_written(directory, overwrite=overwrite) as folder:
         weights: dict[str, Tensor] = {}
         programs, records = [], []
         for shape in what.shapes:
             unlowered = build_graphs(what.target, what.draft, what.speculation, shape, what.left_out)
-            programs.append(_write_program(folder, unlowered))
+            described = _write_program(folder, unlowered)
             records.append(to_json(unlowered.records))
             _merge(weights, unlowered)
+            if compile == "aot":
+                described["aot"] = package(folder, f"aot/{label(shape)}", unlowered)
+            programs.append(described)
         source = None if checkpoint is None else Checkpoint(checkpoint)
         layout = layout_of(weights, has=source.has if source else lambda name: False)
         write_weights(folder / FILE, layout, source.read if source else None)
         _write_explain(folder, what, records)
+        packaged = describe(folder, what.target.facts.device) if compile == "aot" else None
         _write_tokenizer(folder / TOKENIZER, what.sources.get("target", ""))
-        write_manifest(folder, _manifest(what, programs, layout))
+        write_manifest(folder, {**_manifest(what, programs, layout), "aot": packaged})
     return Path(directory)
 
 
@@ -149,11 +157,3 @@ def _write_tokenizer(folder: Path, source: str) -> None:
         return
     if getattr(tokenizer, "is_fast", False):
         tokenizer.save_pretrained(folder)
-
-
-def check_directory(directory: object) -> Path:
-    """The folder that a user names."""
-    if not isinstance(directory, (str, Path)) or not str(directory):
-        raise ArtifactError(f"the folder must be a path, got {directory!r:.60}", at="directory", where="autospec.export",
-                            help="name the folder to write")  # fmt: skip
-    return Path(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from autospec.program import ModelFacts, Program, Shape
 from autospec.runtime.artifact import Artifact
 from autospec.threads import limit_threads
 
-HOW = ("inductor", "eager")
+HOW = ("aot", "inductor", "eager")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class LoadedModel(OptimizedModel):
         return max(fitting, key=lambda shape: (shape.batch_size, -shape.max_length, not shape.sampling))
 
     def _build(self, shape: Shape) -> Program:
+        if self.compile == "aot":
+            return self.artifact.packaged(shape, self._weights, self.artifact.records(shape))
         from autospec.lower import Unlowered, lower_program
 
         stored = self.artifact.program(shape)
@@ -70,7 +73,10 @@ def load(
 
     Args:
         directory: the artifact's folder.
-        compile: "inductor" or "eager" for the portable graphs; None: "inductor".
+        compile: "aot" runs the packages that were compiled for this kind of machine, "inductor" or "eager" the portable
+            graphs; None: "aot" where the artifact has packages, else "inductor". Packages are machine code: load those
+            of people you trust.
+        fallback: where the packages are for another machine, use the portable graphs instead of refusing.
         device: where to run; None: the kind of device it was exported on.
         weights: the checkpoint's folder, for an artifact of graphs only.
 
@@ -82,6 +88,7 @@ def load(
                           where="autospec.load", help="leave it out for the best that the artifact has")  # fmt: skip
     limit_threads()
     artifact = Artifact(directory, _device(device), weights)
+    compile = _how(artifact, compile, fallback)
     if artifact.device.type == "cuda" and not torch.cuda.is_available():
         raise ArtifactError(f"the artifact runs on {artifact.device}, and there is no CUDA device here", at=str(artifact.device),
                             where=str(directory), help="say device='cpu' to run its portable graphs there")  # fmt: skip
@@ -93,9 +100,25 @@ def load(
     target = SavedModel(artifact.facts_here(), tuple(artifact.records()))
     arguments: dict[str, Any] = {"target": target, "draft": draft, "speculation": None}
     return LoadedModel(
-        **arguments, compile=compile or "inductor", limits=limits, generation_defaults=artifact.defaults,
+        **arguments, compile=compile, limits=limits, generation_defaults=artifact.defaults,
         left_out=artifact.left_out, sources=artifact.sources, artifact=artifact,
     )  # fmt: skip
+
+
+def _how(artifact: Artifact, asked: str | None, fallback: bool) -> str:
+    """Packages, Inductor or eager; raises ArtifactError where packages are wanted that cannot run here."""
+    if asked not in (None, "aot"):
+        return str(asked)
+    if asked is None and artifact.aot is None:
+        return "inductor"
+    reason = artifact.why_not_packaged()
+    if reason is None:
+        return "aot"
+    if fallback:
+        warnings.warn(f"{reason}; its portable graphs are compiled instead", stacklevel=3)
+        return "inductor"
+    raise ArtifactError(reason, at="compile='aot'", where=str(artifact.folder),
+                        help="export on such a machine, or use the portable graphs: fallback=True (--fallback)")  # fmt: skip
 
 
 def _device(asked: str | torch.device | None) -> torch.device | None:

@@ -11,18 +11,37 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parent / "cpu"
 
 
+_paths: dict[str, Path] = {}  # libraries of this process, by the name of their file in kernels/cpu
+
+
+def libraries() -> dict[str, Path]:
+    """The libraries that this process has compiled or adopted."""
+    return dict(_paths)
+
+
+def adopt(name: str, path: Path) -> None:
+    """Load a library that was compiled elsewhere, unless this process has its own."""
+    if name not in _paths:
+        torch.ops.load_library(str(path))
+        _paths[name] = path
+
+
 @cache
 def why_not_built(name: str) -> str | None:
     """Compile and load kernels/cpu/<name>.cpp, once per process; why that failed, in a sentence, or None."""
+    if name in _paths:
+        return None
     from torch._inductor.codecache import CppCodeCache
 
     try:
-        CppCodeCache.load("".join((SOURCES / file).read_text() for file in ("rows.h", f"{name}.cpp")))
+        library = CppCodeCache.load("".join((SOURCES / file).read_text() for file in ("rows.h", f"{name}.cpp")))
+        _paths[name] = Path(library._name)
     except Exception as error:  # no compiler, a broken one, a cache that cannot be written: the reference runs
         return f"{name}.cpp does not compile here: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return None

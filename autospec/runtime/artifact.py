@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from autospec.artifact.machine import why_not_here
 from autospec.artifact.manifest import EXPLAIN, read_manifest, refuse
 from autospec.artifact.values import facts_of, from_json, slot_from
 from autospec.artifact.weights import StoredWeights
 from autospec.errors import AutospecError
-from autospec.program import ModelFacts, PassRecord, Shape
+from autospec.kernels.native import adopt
+from autospec.kernels.registry import load_all
+from autospec.program import Graph, ModelFacts, PassRecord, Program, Shape, materialise
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,11 @@ class StoredGraph:
 
 @dataclass(frozen=True)
 class StoredProgram:
-    """The graphs that were exported for one shape."""
+    """The graphs that were exported for one shape, and the packages that were compiled from them, if any."""
 
     shape: Shape
     graphs: tuple[StoredGraph, ...]
+    packages: tuple[StoredGraph, ...] = ()
 
 
 class Artifact:
@@ -58,9 +63,31 @@ class Artifact:
             self.programs = tuple(self._programs())
             stored = self.manifest["weights"]
             self.device = device or self.facts.device
+            self.aot: Mapping[str, Any] | None = self.manifest["aot"]
             self.weights = StoredWeights(
                 self.file(stored["file"]), stored["aliases"], stored["missing"], weights, self.device
             )  # fmt: skip
+
+    def why_not_packaged(self) -> str | None:
+        """Why the packages cannot run on this machine, or None."""
+        if self.aot is None or not all(program.packages for program in self.programs):
+            return "the artifact was exported without packages"
+        with self._described():
+            return why_not_here(self.aot["machine"], self.device)
+
+    def packaged(self, shape: Shape, bound: dict[str, Tensor], records: list[PassRecord]) -> Program:
+        """The packages of one shape as a program; `bound` has the weights of earlier ones and takes the new ones."""
+        assert self.aot is not None, "an artifact without packages has no packaged program"
+        load_all()  # the packages call ops by name
+        for name, file in self.aot["libraries"].items():
+            adopt(name, self.file(file))
+        graphs = {}
+        for stored in self.program(shape).packages:
+            graphs[stored.name] = Graph(stored.name, stored.slots, load_package(stored.path, self.device), is_compiled=True)
+            for slot in stored.slots:
+                if slot.kind == "weight" and slot.name not in bound:
+                    bound[slot.name] = materialise(slot, self.weights)
+        return Program(shape, self.facts_here(), graphs, bound, records)
 
     def facts_here(self) -> ModelFacts:
         """The target's facts, on the device that was asked for."""
@@ -91,12 +118,15 @@ class Artifact:
 
     def _programs(self) -> Iterator[StoredProgram]:
         for one in self.manifest["programs"]:
-            known = {name: slot_from(slot) for name, slot in one["slots"].items()}
-            graphs = tuple(
-                StoredGraph(graph["name"], self.file(graph["file"]), tuple(known[name] for name in graph["slots"]))
-                for graph in one["graphs"]
-            )
-            yield StoredProgram(from_json(Shape, one["shape"]), graphs)
+            packages = self._graphs(one["aot"]) if one.get("aot") else ()
+            yield StoredProgram(from_json(Shape, one["shape"]), self._graphs(one), packages)
+
+    def _graphs(self, described: Any) -> tuple[StoredGraph, ...]:
+        known = {name: slot_from(slot) for name, slot in described["slots"].items()}
+        return tuple(
+            StoredGraph(graph["name"], self.file(graph["file"]), tuple(known[name] for name in graph["slots"]))
+            for graph in described["graphs"]
+        )
 
     def _described(self) -> _Described:
         return _Described(self.folder)
@@ -115,6 +145,17 @@ class _Described:
         if isinstance(error, wrong) and not isinstance(error, AutospecError):
             raise refuse(f"the manifest does not describe a program: {type(error).__name__}: {str(error)[:80]}",
                          "manifest.json", self.folder) from error  # fmt: skip
+
+
+def load_package(path: Path, device: torch.device) -> Callable[..., object]:
+    """A compiled graph as a function of its slots. It is machine code: the manifest was checked, its author was not."""
+    index = -1 if device.index is None else device.index
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+
+    def call(*arguments: Tensor) -> object:
+        return loader.boxed_run(list(arguments))
+
+    return call
 
 
 def _moved(facts: ModelFacts, device: torch.device) -> ModelFacts:

@@ -172,6 +172,7 @@ def test_a_missing_compiler_is_a_fact_and_the_reference_runs(monkeypatch):
         raise FileNotFoundError("no g++")
 
     monkeypatch.setattr(CppCodeCache, "load", fail)
+    monkeypatch.setattr(native, "_paths", {})
     reason = native.why_not_built.__wrapped__("paged_attention")
     assert reason is not None
     assert "no g++" in reason

@@ -1,0 +1,111 @@
+"""Packages of an artifact: its graphs compiled by AOTInductor for the kind of machine that exports them.
+
+Weights and state are inputs of a package, as they are of every graph. On CUDA a package calls no Python: Triton kernels
+are compiled in, and what would stay behind as an op written in Python is a LoweringError. On a CPU it calls our C++
+kernels, which travel with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from autospec import debug, pipeline
+from autospec.artifact.machine import machine
+from autospec.artifact.values import to_json
+from autospec.errors import LoweringError
+from autospec.ir.archive import as_exported, placed
+from autospec.ir.build import device_of
+from autospec.ir.passes import Stage
+from autospec.ir.runner import run_stages
+from autospec.ir.slots import slots
+from autospec.ir.text import node_text
+from autospec.kernels.native import libraries
+from autospec.lower import Unlowered, inline_references, refuse_page_copies
+from autospec.passes.select_kernels import SelectKernels
+
+# Backends whose ops are Python functions around a library; a package has no Python.
+_IN_PYTHON = frozenset(debug.BACKENDS) - {"triton", "cpu"}
+
+
+def package(folder: Path, place: str, unlowered: Unlowered) -> dict[str, Any]:
+    """Compile the graphs of one shape into folder/place; describe them for the manifest. The graphs are changed."""
+    (folder / place).mkdir(parents=True)
+    known, graphs = {}, []
+    for name, module in unlowered.graphs.items():
+        run_stages(module, [_select(module)], graph_name=f"{name}.aot", debug=debug.options())
+        inline_references(module)
+        declared = slots(module)
+        known.update({slot.name: to_json(slot) for slot in declared})
+        file = f"{place}/{name}.pt2"
+        compile_package(module, folder / file)
+        graphs.append({"name": name, "file": file, "slots": [slot.name for slot in declared]})
+    return {"slots": known, "graphs": graphs}
+
+
+def describe(folder: Path, device: torch.device) -> dict[str, Any]:
+    """For whom the packages were compiled, and the libraries that they call, which are copied beside them."""
+    copied = {}
+    for name, path in libraries().items() if device.type == "cpu" else ():
+        file = f"aot/{name}.so"
+        shutil.copyfile(path, folder / file)
+        copied[name] = file
+    return {"machine": machine(device), "libraries": copied}
+
+
+def compile_package(module: fx.GraphModule, path: Path) -> None:
+    """Compile one graph with static shapes."""
+    device = device_of(module)
+    if device.type == "cuda":
+        refuse_python(module)
+    plain = placed(module, device)
+    for node in plain.graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+    examples = tuple(node.meta["val"] for node in module.graph.find_nodes(op="placeholder"))
+    # As in lower.compile_with_inductor; threads are those of the machine that runs, not of the one that compiles.
+    options: dict[str, Any] = {
+        "reorder_for_locality": False, "size_asserts": False, "cpp.min_chunk_size": 8192, "cpp.dynamic_threads": True,
+    }  # fmt: skip
+    try:
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                as_exported(plain, examples), package_path=str(path), inductor_configs=options
+            )
+    except Exception as error:
+        raise LoweringError(
+            f"AOTInductor failed: {type(error).__name__}: {str(error)[:300]}", at=path.name, where="autospec.export",
+            help="export without compile='aot', and report this",
+        ) from error  # fmt: skip
+    with zipfile.ZipFile(path) as archive:
+        sources = [archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp")]
+    assert sources, "AOTInductor showed no generated code, so page-sized copies cannot be ruled out"
+    refuse_page_copies(sources, [slot for slot in slots(module) if slot.kind == "state"])
+
+
+def refuse_python(module: fx.GraphModule) -> None:
+    """Raise LoweringError if a graph would call back into Python."""
+    for node in module.graph.nodes:
+        space = getattr(node.target, "namespace", "aten")
+        if space.startswith("autospec") and space != "autospec_triton":
+            raise LoweringError(
+                "the package would call an op that is written in Python", at=node_text(node), where=node.meta.get("module", ""),
+                help="leave its backend out with AUTOSPEC_DISABLE_KERNELS, or export without compile='aot'",
+            )  # fmt: skip
+
+
+def _select(module: fx.GraphModule) -> Stage:
+    """The select stage without backends that need Python, where the package must do without."""
+    stage = pipeline.select()
+    if device_of(module).type != "cuda":
+        return stage
+    passes = [
+        dataclasses.replace(one, disabled=one.disabled | _IN_PYTHON) if isinstance(one, SelectKernels) else one
+        for one in stage.passes
+    ]
+    return Stage(stage.name, passes)

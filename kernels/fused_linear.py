@@ -56,7 +56,7 @@ def fused_linear(
     norm_weight: Tensor | None = None, squares: Tensor | None = None, residual: Tensor | None = None, eps: float = 0.0,
     activation: str = "",
 ) -> Tensor:
-    """x [..., I], weight [O, I] -> [..., O]: residual + act(gate) * up, or residual + y, of y = norm(x) @ (weight * scales).T + bias.
+    """x [..., I], weight [O, I] -> [..., O]: residual + act(gate) * up, or residual + y, of y = norm(x) @ (weight * scales).T + b.
 
     scales float32: weight is float8_e4m3fn and row o stands for weight[o] * scales[o]. norm_weight: x is normed; squares
     float32: x is the product with the norm's weight already, and its row had this sum of squares; neither: x as it is.

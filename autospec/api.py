@@ -60,6 +60,7 @@ class OptimizedModel:
     _weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
     _is_running: bool = field(default=False, repr=False, compare=False)
+    _acceptance: tuple[float, ...] = ()  # synthetic, of a bench of random weights; nothing that a user passes leads here
 
     @property
     def program(self) -> Program:
@@ -252,7 +253,7 @@ class OptimizedModel:
 
         return build_program(
             self.target, self.draft, self.speculation, shape, self.compile, self._weights, self.show_progress,
-            self.left_out,
+            self.left_out, self._acceptance,
         )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 def build_graphs(
     target: CapturedModel, draft: Draft | None, speculation: Speculation, shape: Shape,
-    left_out: frozenset[str] = frozenset(),
+    left_out: frozenset[str] = frozenset(), acceptance: tuple[float, ...] = (),
 ) -> Unlowered:  # fmt: skip
     """Run the pipeline for prefill and every step, up to where the machine matters."""
     records: list[PassRecord] = []
@@ -94,7 +94,7 @@ def build_graphs(
     parts = None if draft is None else _draft_parts(draft, target, shape, run)
     plans = {"prefill": pipeline.prefill(shape, target.facts, speculation, parts)}
     for draft_len in pipeline.draft_lens(speculation):
-        plans[f"step_{draft_len}"] = pipeline.step(shape, target.facts, speculation, parts, draft_len)
+        plans[f"step_{draft_len}"] = pipeline.step(shape, target.facts, speculation, parts, draft_len, acceptance)
     graphs: dict[str, fx.GraphModule] = {}
     known = dict(target.weights)
     for name, stages in plans.items():
@@ -110,14 +110,17 @@ def build_graphs(
 def build_program(
     target: CapturedModel, draft: Draft | None, speculation: Speculation, shape: Shape, compile: str,
     weights: dict[str, Tensor] | None = None, progress: bool = False, left_out: frozenset[str] = frozenset(),
+    acceptance: tuple[float, ...] = (),
 ) -> Program:  # fmt: skip
     """Run the pipeline for prefill and every step, lower the graphs and collect what they need.
 
     Args:
         weights: tensors of earlier programs by slot name; shared so that fused weights exist once.
         left_out: names of optional passes that do not run.
+        acceptance: synthetic rates by depth, of a bench; (): none.
     """
-    return lower_program(build_graphs(target, draft, speculation, shape, left_out), compile, weights, progress, left_out)
+    graphs = build_graphs(target, draft, speculation, shape, left_out, acceptance)
+    return lower_program(graphs, compile, weights, progress, left_out)
 
 
 def _draft_parts(

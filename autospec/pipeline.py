@@ -38,6 +38,7 @@ from autospec.passes.propose_draft import ProposeNgram, ProposeNothing
 from autospec.passes.recognize_attention import RecognizeAttention
 from autospec.passes.select_kernels import SelectKernels
 from autospec.passes.specialize_shapes import SpecializeShapes
+from autospec.passes.synthesize_acceptance import SynthesizeAcceptance
 from autospec.passes.tag_roles import TagRoles
 from autospec.passes.tap_hidden_states import TapHiddenStates
 from autospec.passes.verify_draft import CommitPrompt, VerifyDraft
@@ -184,9 +185,14 @@ def prefill(shape: Shape, facts: ModelFacts, speculation: Speculation, draft: Dr
 
 
 def step(
-    shape: Shape, facts: ModelFacts, speculation: Speculation, draft: DraftParts | None, draft_len: int
-) -> list[Stage]:
-    """Verify `draft_len` drafts per request, commit, and seed the next draft."""
+    shape: Shape, facts: ModelFacts, speculation: Speculation, draft: DraftParts | None, draft_len: int,
+    acceptance: tuple[float, ...] = (),
+) -> list[Stage]:  # fmt: skip
+    """Verify `draft_len` drafts per request, commit, and seed the next draft.
+
+    Args:
+        acceptance: rates by depth that a bench of random weights asks for; (): the target decides.
+    """
     sizes, tree = state_shape(shape, facts), shape.tree
     next_n = draft_len + 1 if tree.is_chain else tree.num_nodes
     masked = [] if tree.is_chain else [MaskTree(batch_size=shape.batch_size, num_nodes=tree.num_nodes)]
@@ -198,6 +204,7 @@ def step(
                         max_position=facts.max_positions),
             *masked,
             VerifyDraft(sizes=sizes, draft_len=draft_len),
+            *([SynthesizeAcceptance(sizes=sizes, rates=acceptance)] if acceptance else []),
         ]),
         Stage("speculate", drafter(shape, facts, speculation, draft, is_prefill=False)),
         *finish(),

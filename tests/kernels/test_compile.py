@@ -89,6 +89,8 @@ LAUNCHES = {
         3, 10)),
     "select_best": ("build_dynamic_tree", "build_dynamic_tree_triton", lambda: (
         ints(2, dtype=LONG), ints(2, 710, dtype=LONG), torch.zeros(2, 710), ints(2, 710), 60)),
+    "synthesize": ("synthesize_tokens", "synthesize_tokens_triton", lambda: (
+        ints(2, 60, dtype=LONG), ints(2, 60, dtype=LONG), ints(2, 60), ints(2), ints(2, dtype=LONG), torch.zeros(7), 5000)),
     "multiply_rows": ("skinny_linear", "skinny_linear_triton", lambda: (
         torch.zeros(2, 7, 256), torch.zeros(384, 256), torch.zeros(384))),
     "stream_weight": ("fused_linear", "fused_linear_triton", lambda: (

@@ -13,6 +13,7 @@ slow moment of the machine hits all of them alike. A difference within the machi
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,12 +80,18 @@ class Frozen:
     @staticmethod
     def of(program: Program, tokens: Sequence[int]) -> Frozen:
         """The program's only step, on one row that has committed all of these tokens but the last."""
+        return Frozen.of_rows(program, [tokens])
+
+    @staticmethod
+    def of_rows(program: Program, rows: Sequence[Sequence[int]]) -> Frozen:
+        """The same on several rows."""
         (name,) = program.graphs
         state = program.new_state()
         step = program.bind(name, state)
         if program.facts.device.type == "cuda" and program.graphs[name].is_compiled:
             step = as_cuda_graph(step, program.facts.device, torch.cuda.graph_pool_handle())
-        _place(state, program.shape, tokens)
+        for row, tokens in enumerate(rows):
+            _place(state, program.shape, row, tokens)
         kept = {name: value.clone() for name, value in state.items() if "_pages." not in name}
         return Frozen(step, state, kept)
 
@@ -97,6 +104,27 @@ class Frozen:
         self.step()
         _wait(self.state["tokens"].device)
         return time.perf_counter() - start
+
+    def streamed(self, calls: int) -> list[float]:
+        """Seconds of each of so many calls in a row, on a state that is put back first and then moves on.
+
+        On a GPU all of them are queued at once and events stand between them: the host's share is left out.
+        """
+        for name, value in self.kept.items():
+            self.state[name].copy_(value)
+        if self.state["tokens"].device.type != "cuda":
+            marks = [time.perf_counter()]
+            for _ in range(calls):
+                self.step()
+                marks.append(time.perf_counter())
+            return [after - before for before, after in itertools.pairwise(marks)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+        events[0].record()
+        for event in events[1:]:
+            self.step()
+            event.record()
+        events[-1].synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(events)]
 
 
 @contextmanager
@@ -138,17 +166,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _place(state: dict[str, Tensor], shape: Shape, tokens: Sequence[int]) -> None:
-    """Row 0 has committed `tokens` but the last, which is the root of a whole draft that will hardly be accepted."""
+def _place(state: dict[str, Tensor], shape: Shape, row: int, tokens: Sequence[int]) -> None:
+    """A row has committed `tokens` but the last, which is the root of a whole draft that will hardly be accepted."""
     count, tree = len(tokens), shape.tree
-    state["tokens"][0, :count] = torch.tensor(tokens)
-    pages = torch.arange(SCRATCH_PAGES, SCRATCH_PAGES + shape.pages_per_row, dtype=torch.int32)
-    state["page_table"][0] = pages.to(state["page_table"].device)
+    state["tokens"][row, :count] = torch.tensor(tokens)
+    first = SCRATCH_PAGES + row * shape.pages_per_row
+    pages = torch.arange(first, first + shape.pages_per_row, dtype=torch.int32)
+    state["page_table"][row] = pages.to(state["page_table"].device)
     for name, value in {"kv_lens": count - 1, "prompt_lens": 1, "limits": shape.max_length, "finished": False}.items():
-        state[name][0] = value
+        state[name][row] = value
     drafts = [tokens[-1]] + [tokens[index % count] for index in range(tree.num_nodes - 1)]
-    state["draft_tokens"][0] = torch.tensor(drafts)
-    state["tree_parents"][0] = torch.tensor(links(tree), dtype=torch.int32)
+    state["draft_tokens"][row] = torch.tensor(drafts)
+    state["tree_parents"][row] = torch.tensor(links(tree), dtype=torch.int32)
 
 
 def links(tree: DraftTree) -> list[int]:

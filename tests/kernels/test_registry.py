@@ -72,6 +72,7 @@ ARGUMENTS = {
     "norm_weight": lambda: torch.rand(96) + 0.5, "next_norm": lambda: torch.rand(64) + 0.5, "eps": lambda: 1e-5,
     "squares": lambda: torch.rand(B, N, 3), "residual": lambda: torch.randn(B, N, 64), "activation": lambda: "silu",
     "max_position": lambda: 30, "q_len": lambda: N, "count": lambda: 3, "first_node": lambda: 0,
+    "rates": lambda: torch.tensor([0.9, 0.4]), "vocab_size": lambda: V,
 }
 # Where an op's layout is another: attention comes as captured, heads before tokens; a prefill chunk chooses one token.
 SPECIAL = {

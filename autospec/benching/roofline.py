@@ -1,0 +1,88 @@
+"""What a step must read, and how fast this device reads: no step is faster than the one over the other.
+
+Counted are the weights of every pass, once a pass however many rows it has, and the K/V rows of every request, once a
+pass however many nodes it has. Of an embedding only rows are read, which is nothing. Activations stay in caches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, fx
+
+from autospec.assemble import Draft
+from autospec.ir.match import aten, is_call
+from autospec.ir.slots import slot_of
+from autospec.program import CapturedHead, CapturedModel
+from autospec.trees import DraftTree
+
+BUFFER = {"cuda": 2 << 30, "cpu": 256 << 20}  # bytes, far more than any cache holds
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes that one step reads at least.
+
+    Args:
+        target: the target's weights, once.
+        draft: the draft's weights, all passes.
+        kv: K/V rows of target and draft, all passes.
+    """
+
+    target: int
+    draft: int
+    kv: int
+
+    @property
+    def total(self) -> int:
+        return self.target + self.draft + self.kv
+
+
+def step_bytes(target: CapturedModel, draft: Draft | None, tree: DraftTree, batch: int, context: int) -> StepBytes:
+    """Of a step with `context` committed tokens in each of `batch` rows."""
+    own = weight_bytes(target.graph, target.weights)
+    kv = target.facts.bytes_per_token
+    if draft is None or tree.max_draft_len == 0:
+        return StepBytes(own, 0, kv * batch * context)
+    levels = tree.max_draft_len - 1  # the first level follows from the pass that catches up
+    first, following = (draft.first, draft.following) if isinstance(draft, CapturedHead) else (draft.graph, draft.graph)
+    weights = weight_bytes(first, draft.weights)
+    if following is not None:  # Medusa heads run once
+        weights += levels * weight_bytes(following, draft.weights)
+        kv += (1 + levels) * draft.facts.bytes_per_token
+    return StepBytes(own, weights, kv * batch * context)
+
+
+def weight_bytes(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> int:
+    """Bytes of the weights that one pass of a captured graph reads in whole."""
+    used = [
+        slot_of(node).name for node in graph.graph.find_nodes(op="placeholder")
+        if slot_of(node).kind == "weight" and not all(is_call(user, aten.embedding.default) for user in node.users)
+    ]  # fmt: skip
+    return sum(weights[name].nbytes for name in used)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second of the faster of two readers of a large buffer, medians of 10: a sum, and a copy (which writes, too)."""
+    data = torch.ones(BUFFER[device.type] // 4, device=device)
+    other = torch.empty_like(data)
+    seconds = [median(_seconds(run, device) for _ in range(10)) for run in (data.sum, lambda: other.copy_(data))]
+    return max(data.nbytes / seconds[0], 2 * data.nbytes / seconds[1])
+
+
+def _seconds(run: object, device: torch.device) -> float:
+    assert callable(run), "something is timed"
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start_event, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start_event.elapsed_time(end) / 1000

@@ -1,0 +1,385 @@
+"""`autospec bench --shape NAME`: how fast an architecture decodes, with random weights and synthetic acceptance.
+
+One target and one head are made on the device and captured once; every drafter and batch size is a program over the same
+weights. What is reported of each:
+
+    decode   new tokens over wall time from the first token to the last, over whole calls of generate (median of rounds)
+    whole    the same with prefill, over the wall time of the call
+    step     median and 90th percentile of a step replayed in a row, rows in the middle of their output
+    host     mean wall time of a step in generate, less the median step
+    bound    what a step must read (`autospec.benching.roofline`) over the read bandwidth measured in the same run
+
+Tokens mean nothing and no row ends early: there is no eos. Acceptance is drawn from a profile
+(`autospec.passes.synthesize_acceptance`); the mean that was measured stands beside the one that was asked for, since a
+dynamic tree's chain of first children may be shorter than what is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from autospec.api import Limits, OptimizedModel
+from autospec.assemble import Draft, capture_model
+from autospec.benching import profile
+from autospec.benching.random_model import DRAFT_TOP1, random_head, random_model
+from autospec.benching.roofline import StepBytes, read_bandwidth, step_bytes
+from autospec.benching.steps import Frozen, only_step
+from autospec.capture_head import capture_head
+from autospec.config import Eagle3Config, Speculation, tree_of
+from autospec.errors import OptionError, unknown_option
+from autospec.kernels.launch import triton
+from autospec.loading import check_head
+from autospec.lower import limit_threads
+from autospec.model_zoo.shapes import SHAPES
+from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
+from autospec.program import CapturedModel, Program
+
+WHERE = "autospec bench --shape"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFAULT_DRAFTERS = ("none", "eagle3:7@3.91", "eagle3-tree:7,10,60@3.84")
+STEPS = {"cuda": 64, "cpu": 12}  # replayed steps of each row of the table
+STREAM = 16  # of them in a row, before the state is put back
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """One --speculation.
+
+    Args:
+        asked: as written.
+        options: of Eagle3Config; None: plain decoding.
+        acceptance: behind the @; None: --acceptance.
+    """
+
+    asked: str
+    options: dict[str, int] | None
+    acceptance: profile.Asked | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What all rows of the table share.
+
+    Args:
+        weights: tensors of the programs so far by slot name, the trees' own constants left out.
+        seconds: of making and capturing, by phase.
+    """
+
+    target: CapturedModel
+    head: Draft | None
+    head_module: Any
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One drafter at one batch size; seconds, bytes, tokens per second.
+
+    Args:
+        asked_length, length: mean acceptance length, as asked for and as measured; None: plain decoding.
+        per_depth: measured acceptance by depth.
+        decode, whole: tokens/s of every round.
+        step, step_p90: of replayed steps; host: what generate takes longer, per step.
+        bound: of a step.
+        start_up: by phase; "first_token" is the whole first call, without making and capturing the model.
+    """
+
+    speculation: str
+    tree: str
+    batch: int
+    asked_length: float | None
+    length: float | None
+    per_depth: list[float]
+    decode: list[float]
+    whole: list[float]
+    step: float
+    step_p90: float
+    host: float
+    bytes: StepBytes
+    bound: float
+    start_up: dict[str, float]
+
+    @property
+    def fraction(self) -> float:
+        return self.bound / self.step
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `autospec bench --shape`."""
+    made = argparse.ArgumentParser(
+        prog=WHERE, description=__doc__.split("\n", 1)[0], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  autospec bench --shape llama-3.1-8b --speculation none eagle3:7@3.91 eagle3-tree:7,10,60@3.84 "
+               "\\\n    --batch 1,16,64 --json shape.json",
+    )  # fmt: skip
+    made.add_argument("--shape", required=True, metavar="NAME", help=f"one of {', '.join(SHAPES)}")
+    made.add_argument("--speculation", nargs="+", default=DEFAULT_DRAFTERS, metavar="DRAFTER",
+                      help="none, eagle3:LENGTH (a chain), eagle3-tree:LEVELS,TOPK,NODES (a dynamic tree); @X behind it is "
+                           f"its --acceptance (default {' '.join(DEFAULT_DRAFTERS)})")  # fmt: skip
+    made.add_argument("--acceptance", default="3.91", metavar="X",
+                      help="mean acceptance length, bonus token included (a geometric profile), or falling rates by depth "
+                           "with commas (default 3.91)")  # fmt: skip
+    made.add_argument("--batch", type=_sizes, default=(1,), metavar="B,B,...", help="prompts at once (default 1)")
+    made.add_argument("--prompt", type=int, default=512, help="tokens of each prompt (default 512)")
+    made.add_argument("--new-tokens", type=int, default=512, help="tokens to decode of each (default 512)")
+    made.add_argument("--rounds", type=int, default=3, help="timed calls; the median counts (default 3)")
+    made.add_argument("--dtype", default=None, choices=DTYPES, help="of the weights (default bf16; fp32 on a CPU)")
+    made.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    made.add_argument("--compile", default="inductor", choices=("inductor", "eager"))
+    made.add_argument("--seed", type=int, default=0, help="of weights, prompts and acceptance (default 0)")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, after every row")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure, print, save."""
+    asked = parser().parse_args(arguments)
+    asked.device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked.dtype = asked.dtype or ("bf16" if asked.device.type == "cuda" else "fp32")
+    drafters = [parse_drafter(word) for word in asked.speculation]
+    profiles = [_profile(one, asked.acceptance) for one in drafters]
+    _check(asked)
+    limit_threads()
+    bandwidth = read_bandwidth(asked.device)
+    loaded = load(asked, any(one.options for one in drafters))
+    title = _title(asked, bandwidth, loaded)
+    print("\n".join(f"{name:<12} {value}" for name, value in title.items()), flush=True)
+    rows: list[Row] = []
+    for drafter, rates in zip(drafters, profiles, strict=True):
+        for batch in asked.batch:
+            rows.append(measure(asked, loaded, drafter, rates, batch, bandwidth))
+            print(f"{drafter.asked}, batch {batch}: {statistics.median(rows[-1].decode):.1f} tok/s, "
+                  f"step {1000 * rows[-1].step:.2f} ms", file=sys.stderr, flush=True)  # fmt: skip
+            if asked.json:
+                asked.json.write_text(json.dumps(as_json(title, loaded, rows), indent=1) + "\n")
+    print("\n" + table(rows))
+    return 0
+
+
+def parse_drafter(word: str) -> Drafter:
+    """`none`, `eagle3:7`, `eagle3-tree:7,10,60`, with or without `@3.91`."""
+    name, _, acceptance = word.partition("@")
+    kind, _, sizes = name.partition(":")
+    fields = {"none": (), "eagle3": ("max_draft_len",),
+              "eagle3-tree": ("max_draft_len", "dynamic_tree_max_topk", "max_total_draft_tokens")}  # fmt: skip
+    if kind not in fields:
+        raise unknown_option("--speculation", kind, fields)
+    try:
+        numbers = [int(number) for number in sizes.split(",")] if sizes else []
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(fields[kind]):
+        raise OptionError(f"{kind} takes {len(fields[kind])} numbers, got '{sizes}'", at=f"--speculation {word}", where=WHERE,
+                          help="for example none, eagle3:7 or eagle3-tree:7,10,60")  # fmt: skip
+    options = dict(zip(fields[kind], numbers, strict=True)) if numbers else None
+    return Drafter(name, options, profile.parse(acceptance) if acceptance else None)
+
+
+def load(asked: argparse.Namespace, needs_head: bool) -> Loaded:
+    """The target, and the head where one is asked for, with what making and capturing them took."""
+    shape, dtype, seconds = SHAPES[asked.shape], DTYPES[asked.dtype], {}
+    start = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal start
+        if asked.device.type == "cuda":
+            torch.cuda.synchronize(asked.device)
+        seconds[name] = time.perf_counter() - start
+        start = time.perf_counter()
+
+    model = random_model(shape, asked.device, dtype, asked.seed)
+    head = random_head(shape, model, asked.device, dtype, asked.seed + 1) if needs_head else None
+    lap("make_weights")
+    target = capture_model(model)
+    captured = capture_head(head, target) if head is not None else None
+    lap("capture")
+    return Loaded(target, captured, head, seconds=seconds)
+
+
+def measure(
+    asked: argparse.Namespace, loaded: Loaded, drafter: Drafter, rates: tuple[float, ...], batch: int, bandwidth: float
+) -> Row:
+    """Build one program, let it generate, replay its step; nothing but the weights stays behind."""
+    speculation: Speculation = None
+    if drafter.options is not None:
+        speculation = Eagle3Config(loaded.head_module, **drafter.options)  # type: ignore[arg-type]
+        check_head(speculation, loaded.head)  # type: ignore[arg-type]
+    tree = tree_of(speculation)
+    fast = OptimizedModel(
+        loaded.target, loaded.head if speculation else None, speculation, asked.compile,
+        Limits(batch, asked.prompt + asked.new_tokens, None), {}, _weights=dict(loaded.weights), _acceptance=rates,
+    )  # fmt: skip
+    start_up = _start(fast, _prompts(asked, loaded, batch, 0))
+    program = fast.program
+    loaded.weights.update(_shared(program, loaded))
+    decode, whole, waits, lengths, depths = [], [], [], [], []
+    for number in range(asked.rounds):
+        prompts = _prompts(asked, loaded, batch, number)
+        begin = time.perf_counter()
+        fast.generate(prompts, max_new_tokens=asked.new_tokens, do_sample=False, seed=asked.seed + number)
+        seconds, found = time.perf_counter() - begin, fast.metrics
+        decoding = found.seconds - found.first_token_seconds
+        whole.append(found.new_tokens / seconds)
+        decode.append((found.new_tokens - batch) / decoding)
+        waits.append(decoding / sum(found.steps.values()))
+        lengths.append(found.mean_acceptance_length)
+        depths.append(found.acceptance_per_depth)
+    del fast
+    times = _step_seconds(asked, program, batch)
+    step = statistics.median(times)
+    read = step_bytes(loaded.target, loaded.head if speculation else None, tree, batch, asked.prompt + asked.new_tokens // 2)
+    del program
+    gc.collect()
+    if asked.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Row(
+        drafter.asked, str(tree), batch, profile.mean_length(rates) if rates else None,
+        statistics.mean(lengths) if rates else None, [statistics.mean(one) for one in zip(*depths, strict=True)],
+        decode, whole, step, statistics.quantiles(times, n=10)[-1], statistics.median(waits) - step,
+        read, read.total / bandwidth, start_up,
+    )  # fmt: skip
+
+
+def _start(fast: OptimizedModel, prompts: Tensor) -> dict[str, float]:
+    """Seconds from captured graphs to the first token, by phase."""
+    start = time.perf_counter()
+    fast.generate(prompts, max_new_tokens=1, do_sample=False)
+    whole, program = time.perf_counter() - start, fast.program
+    phases = {
+        "passes": sum(record.seconds for record in program.records),
+        "compile": sum(graph.seconds_to_compile for graph in program.graphs.values()),
+        "prefill": fast.metrics.first_token_seconds,
+    }
+    # What is left: fusing weights, allocating state, warm-up and capture of CUDA graphs.
+    return phases | {"weights_and_graphs": whole - sum(phases.values()), "first_token": whole}
+
+
+def _shared(program: Program, loaded: Loaded) -> dict[str, Tensor]:
+    """The weights of a program that other trees may use; a tree's own constants are called the same in every program."""
+    head = loaded.head.weights if loaded.head is not None else {}
+    known = {*loaded.target.weights, *(WEIGHT_PREFIX + name for name in head)}
+    return {
+        slot.name: program.weights[slot.name] for graph in program.graphs.values() for slot in graph.slots
+        if slot.kind == "weight" and (slot.parts or slot.is_packed or slot.name in known)
+    }  # fmt: skip
+
+
+def _step_seconds(asked: argparse.Namespace, program: Program, batch: int) -> list[float]:
+    """Of many steps in a row, all rows in the middle of their output, over random K/V."""
+    (draft_len,) = program.draft_lens()
+    count = asked.prompt + asked.new_tokens // 2
+    generator = torch.Generator().manual_seed(asked.seed)
+    rows = torch.randint(0, program.facts.vocab_size, (batch, count), generator=generator).tolist()
+    frozen = Frozen.of_rows(only_step(program, draft_len), rows)
+    for name, value in frozen.state.items():
+        if "_pages." in name and value.is_floating_point():
+            value.normal_()  # zeros would draw less power
+    room = program.shape.max_length - count
+    calls = max(1, min(STREAM, room // (draft_len + 1)))
+    times: list[float] = []
+    frozen.streamed(calls)
+    while len(times) < STEPS[asked.device.type]:
+        if "row_keys" in frozen.kept:
+            frozen.kept["row_keys"].copy_(torch.randint(2**62, (len(frozen.kept["row_keys"]),), generator=generator))
+        times += frozen.streamed(calls)
+    return times
+
+
+def _prompts(asked: argparse.Namespace, loaded: Loaded, batch: int, number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(asked.seed + number)
+    return torch.randint(0, loaded.target.facts.vocab_size, (batch, asked.prompt), generator=generator)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown; milliseconds, GB, seconds."""
+    lines = [
+        "| speculation | batch | decode tok/s | whole tok/s | accepted (asked) | step ms, p90 | host ms | GB a step | "
+        "bound ms | reached | start-up s: passes + compile + graphs + prefill |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        accepted = "" if row.length is None else f"{row.length:.2f} ({row.asked_length:.2f})"
+        phases = " + ".join(
+            f"{row.start_up[name]:.1f}" for name in ("passes", "compile", "weights_and_graphs", "prefill")
+        )
+        lines.append(
+            f"| {row.speculation} | {row.batch} | **{statistics.median(row.decode):.1f}** | {statistics.median(row.whole):.1f} "
+            f"| {accepted} | {1000 * row.step:.3f}, {1000 * row.step_p90:.3f} | {1000 * row.host:.3f} "
+            f"| {row.bytes.total / 1e9:.2f} | {1000 * row.bound:.3f} | {100 * row.fraction:.0f}% "
+            f"| {row.start_up['first_token']:.1f} = {phases} |"
+        )
+    return "\n".join(lines)
+
+
+def as_json(title: dict[str, Any], loaded: Loaded, rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything, seconds and bytes throughout."""
+    found = [dataclasses.asdict(row) | {"bytes_total": row.bytes.total, "fraction": row.fraction} for row in rows]
+    return {"title": title, "load_seconds": loaded.seconds, "rows": found}
+
+
+def _title(asked: argparse.Namespace, bandwidth: float, loaded: Loaded) -> dict[str, Any]:
+    """What the figures are worth nothing without."""
+    device = asked.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return {
+        "shape": asked.shape, "dtype": asked.dtype, "device": where, "compile": asked.compile,
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+                    f"triton {triton.__version__ if triton else 'none'}",
+        "date": time.strftime("%Y-%m-%d"), "seeds": f"weights {asked.seed}, head {asked.seed + 1}, prompts and acceptance "
+                                                    f"{asked.seed} to {asked.seed + asked.rounds - 1}",
+        "run": f"prompt {asked.prompt}, {asked.new_tokens} new tokens, {asked.rounds} rounds, greedy, no eos",
+        "draft": f"its best token has probability {DRAFT_TOP1} on average",
+        "bandwidth": f"{bandwidth / 1e12:.3f} TB/s", "load": ", ".join(f"{k} {v:.1f} s" for k, v in loaded.seconds.items()),
+    }  # fmt: skip
+
+
+def _profile(drafter: Drafter, otherwise: str) -> tuple[float, ...]:
+    """Rates by depth; (): plain decoding."""
+    if drafter.options is None:
+        return ()
+    wanted = profile.parse(otherwise) if drafter.acceptance is None else drafter.acceptance
+    return profile.rates(wanted, drafter.options["max_draft_len"])
+
+
+def _check(asked: argparse.Namespace) -> None:
+    """Refuse what could only fail after minutes of compiling."""
+    if asked.shape not in SHAPES:
+        raise unknown_option("--shape", asked.shape, SHAPES)
+    for name, least in (("prompt", 1), ("new_tokens", 4), ("rounds", 1)):
+        if getattr(asked, name) < least:
+            option = "--" + name.replace("_", "-")
+            raise OptionError(f"{option} must be at least {least}, got {getattr(asked, name)}", at=option, where=WHERE,
+                              help="leave it out for the default")  # fmt: skip
+    if asked.prompt + asked.new_tokens > SHAPES[asked.shape].max_positions:
+        raise OptionError(f"{asked.prompt} prompt tokens and {asked.new_tokens} new ones are more than the shape's "
+                          f"{SHAPES[asked.shape].max_positions} positions", at="--prompt", where=WHERE,
+                          help="lower --prompt or --new-tokens")  # fmt: skip
+    if asked.json is not None and not asked.json.resolve().parent.is_dir():
+        raise OptionError("there is no folder for --json", at=f"--json {asked.json}", where=WHERE,
+                          help="make the folder first")  # fmt: skip
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """Positive numbers with commas."""
+    try:
+        sizes = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of positive numbers such as 1,16,64")
+    return sizes

@@ -43,10 +43,10 @@ from autospec.config import Eagle3Config, Speculation, tree_of
 from autospec.errors import OptionError, unknown_option
 from autospec.kernels.launch import triton
 from autospec.loading import check_head
-from autospec.lower import limit_threads
 from autospec.model_zoo.shapes import SHAPES
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
 from autospec.program import CapturedModel, Program
+from autospec.threads import limit_threads
 
 WHERE = "autospec bench --shape"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -17,6 +17,7 @@ dynamic tree's chain of first children may be shorter than what is drawn.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch._inductor.utils import fresh_cache
 
 from autospec.api import Limits, OptimizedModel
 from autospec.assemble import Draft, capture_model
@@ -95,8 +97,10 @@ class Row:
         per_depth: measured acceptance by depth.
         decode, whole: tokens/s of every round.
         step, step_p90: of replayed steps; host: what generate takes longer, per step.
+        deepest, first_children: levels of the drafts that replayed steps left behind, and nodes of their chains of first
+            children, which bound acceptance; means.
         bound: of a step.
-        start_up: by phase; "first_token" is the whole first call, without making and capturing the model.
+        start_up: by phase; "first_token" is their sum, from weights on the device to the first token.
     """
 
     speculation: str
@@ -110,6 +114,8 @@ class Row:
     step: float
     step_p90: float
     host: float
+    deepest: float
+    first_children: float
     bytes: StepBytes
     bound: float
     start_up: dict[str, float]
@@ -141,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", default=None, choices=DTYPES, help="of the weights (default bf16; fp32 on a CPU)")
     made.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     made.add_argument("--compile", default="inductor", choices=("inductor", "eager"))
+    made.add_argument("--cold", action="store_true", help="start every row with empty compile caches on disk")
     made.add_argument("--seed", type=int, default=0, help="of weights, prompts and acceptance (default 0)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, after every row")
     return made
@@ -204,10 +211,11 @@ def load(asked: argparse.Namespace, needs_head: bool) -> Loaded:
 
     model = random_model(shape, asked.device, dtype, asked.seed)
     head = random_head(shape, model, asked.device, dtype, asked.seed + 1) if needs_head else None
-    lap("make_weights")
+    lap("make weights")
     target = capture_model(model)
+    lap("capture target")
     captured = capture_head(head, target) if head is not None else None
-    lap("capture")
+    lap("capture head")
     return Loaded(target, captured, head, seconds=seconds)
 
 
@@ -224,7 +232,8 @@ def measure(
         loaded.target, loaded.head if speculation else None, speculation, asked.compile,
         Limits(batch, asked.prompt + asked.new_tokens, None), {}, _weights=dict(loaded.weights), _acceptance=rates,
     )  # fmt: skip
-    start_up = _start(fast, _prompts(asked, loaded, batch, 0))
+    with fresh_cache() if asked.cold else contextlib.nullcontext():
+        start_up = _start(fast, _prompts(asked, loaded, batch, 0), loaded)
     program = fast.program
     loaded.weights.update(_shared(program, loaded))
     decode, whole, waits, lengths, depths = [], [], [], [], []
@@ -240,23 +249,22 @@ def measure(
         lengths.append(found.mean_acceptance_length)
         depths.append(found.acceptance_per_depth)
     del fast
-    times = _step_seconds(asked, program, batch)
+    _free(asked.device)  # the caches of generate, before those of the replayed step
+    times, grown = _replay(asked, program, batch)
     step = statistics.median(times)
     read = step_bytes(loaded.target, loaded.head if speculation else None, tree, batch, asked.prompt + asked.new_tokens // 2)
     del program
-    gc.collect()
-    if asked.device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free(asked.device)
     return Row(
         drafter.asked, str(tree), batch, profile.mean_length(rates) if rates else None,
         statistics.mean(lengths) if rates else None, [statistics.mean(one) for one in zip(*depths, strict=True)],
         decode, whole, step, statistics.quantiles(times, n=10)[-1], statistics.median(waits) - step,
-        read, read.total / bandwidth, start_up,
+        *grown, read, read.total / bandwidth, start_up,
     )  # fmt: skip
 
 
-def _start(fast: OptimizedModel, prompts: Tensor) -> dict[str, float]:
-    """Seconds from captured graphs to the first token, by phase."""
+def _start(fast: OptimizedModel, prompts: Tensor, loaded: Loaded) -> dict[str, float]:
+    """Seconds from weights on the device to the first token, by phase."""
     start = time.perf_counter()
     fast.generate(prompts, max_new_tokens=1, do_sample=False)
     whole, program = time.perf_counter() - start, fast.program
@@ -266,7 +274,16 @@ def _start(fast: OptimizedModel, prompts: Tensor) -> dict[str, float]:
         "prefill": fast.metrics.first_token_seconds,
     }
     # What is left: fusing weights, allocating state, warm-up and capture of CUDA graphs.
-    return phases | {"weights_and_graphs": whole - sum(phases.values()), "first_token": whole}
+    phases["weights_and_graphs"] = whole - sum(phases.values())
+    captured = ["capture target"] if fast.draft is None else ["capture target", "capture head"]
+    phases["capture"] = sum(loaded.seconds[name] for name in captured)
+    return phases | {"first_token": sum(phases.values())}
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _shared(program: Program, loaded: Loaded) -> dict[str, Tensor]:
@@ -279,8 +296,8 @@ def _shared(program: Program, loaded: Loaded) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def _step_seconds(asked: argparse.Namespace, program: Program, batch: int) -> list[float]:
-    """Of many steps in a row, all rows in the middle of their output, over random K/V."""
+def _replay(asked: argparse.Namespace, program: Program, batch: int) -> tuple[list[float], tuple[float, float]]:
+    """Seconds of many steps in a row, all rows in the middle of their output, over random K/V; and how deep drafts grow."""
     (draft_len,) = program.draft_lens()
     count = asked.prompt + asked.new_tokens // 2
     generator = torch.Generator().manual_seed(asked.seed)
@@ -289,15 +306,29 @@ def _step_seconds(asked: argparse.Namespace, program: Program, batch: int) -> li
     for name, value in frozen.state.items():
         if "_pages." in name and value.is_floating_point():
             value.normal_()  # zeros would draw less power
-    room = program.shape.max_length - count
+    room = program.shape.max_length - count - draft_len - 1  # the last draft is as long as the first
     calls = max(1, min(STREAM, room // (draft_len + 1)))
     times: list[float] = []
+    drafts: list[tuple[int, int]] = []
     frozen.streamed(calls)
     while len(times) < STEPS[asked.device.type]:
         if "row_keys" in frozen.kept:
             frozen.kept["row_keys"].copy_(torch.randint(2**62, (len(frozen.kept["row_keys"]),), generator=generator))
         times += frozen.streamed(calls)
-    return times
+        drafts += [_depths(parents) for parents in frozen.state["tree_parents"].tolist()]
+    deepest, first_children = zip(*drafts, strict=True)
+    return times, (statistics.mean(deepest), statistics.mean(first_children))
+
+
+def _depths(parents: Sequence[int]) -> tuple[int, int]:
+    """Levels of a draft, and nodes of its chain of first children, the root left out."""
+    depth, first = {0: 0}, [0]
+    for node, parent in enumerate(parents):
+        if node and parent in depth:
+            depth[node] = depth[parent] + 1
+            if parent == first[-1]:
+                first.append(node)
+    return max(depth.values()), len(first) - 1
 
 
 def _prompts(asked: argparse.Namespace, loaded: Loaded, batch: int, number: int) -> Tensor:
@@ -309,13 +340,13 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown; milliseconds, GB, seconds."""
     lines = [
         "| speculation | batch | decode tok/s | whole tok/s | accepted (asked) | step ms, p90 | host ms | GB a step | "
-        "bound ms | reached | start-up s: passes + compile + graphs + prefill |",
+        "bound ms | reached | start-up s: capture + passes + compile + graphs + prefill |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         accepted = "" if row.length is None else f"{row.length:.2f} ({row.asked_length:.2f})"
         phases = " + ".join(
-            f"{row.start_up[name]:.1f}" for name in ("passes", "compile", "weights_and_graphs", "prefill")
+            f"{row.start_up[name]:.1f}" for name in ("capture", "passes", "compile", "weights_and_graphs", "prefill")
         )
         lines.append(
             f"| {row.speculation} | {row.batch} | **{statistics.median(row.decode):.1f}** | {statistics.median(row.whole):.1f} "
@@ -337,7 +368,8 @@ def _title(asked: argparse.Namespace, bandwidth: float, loaded: Loaded) -> dict[
     device = asked.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return {
-        "shape": asked.shape, "dtype": asked.dtype, "device": where, "compile": asked.compile,
+        "shape": asked.shape, "dtype": asked.dtype, "device": where,
+        "compile": f"{asked.compile}, {'cold caches' if asked.cold else 'caches as they were found'}",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
                     f"triton {triton.__version__ if triton else 'none'}",
         "date": time.strftime("%Y-%m-%d"), "seeds": f"weights {asked.seed}, head {asked.seed + 1}, prompts and acceptance "

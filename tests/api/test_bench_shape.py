@@ -48,6 +48,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         assert parts["first_token"] == pytest.approx(sum(parts.values()) - parts["first_token"])
         assert parts["passes"] > 0
         assert parts["prefill"] > 0
+        assert one["deepest"] == (2 if one["asked_length"] else 0)
+        assert one["first_children"] <= one["deepest"]
         assert (one["length"] is None) == (one["asked_length"] is None)
         if one["length"] is not None:
             assert one["length"] == pytest.approx(1 + sum(one["per_depth"]))
@@ -84,6 +86,12 @@ def test_nothing_a_user_passes_leads_to_synthetic_acceptance() -> None:
     assert OptimizedModel(captured("target"), None, None, "eager", Limits(1, 64, None), {})._acceptance == ()
     with pytest.raises(TypeError):
         optimize(captured("target"), acceptance=(0.5,))  # type: ignore[call-arg]
+
+
+def test_depths_of_a_draft() -> None:
+    assert shape._depths([-1]) == (0, 0)
+    assert shape._depths([-1, 0, 1, 2, -1]) == (3, 3)
+    assert shape._depths([-1, 0, 0, 2, 3, -1, 5]) == (3, 1)  # the first child has none; a node below an absent one is absent
 
 
 @pytest.mark.parametrize(("asked", "levels"), [(3.91, 7), (1.0, 3), (4.0, 3), (2.2, 2)])

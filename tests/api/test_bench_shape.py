@@ -54,6 +54,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         if one["length"] is not None:
             assert one["length"] == pytest.approx(1 + sum(one["per_depth"]))
             assert one["length"] > 1.5
+            assert one["decode_at_asked"] / one["decode"][0] == pytest.approx(one["asked_length"] / one["length"])
     assert rows[0]["bytes"]["draft"] == 0 < rows[2]["bytes"]["draft"] == rows[4]["bytes"]["draft"]
     assert rows[1]["bytes"]["kv"] == 2 * rows[0]["bytes"]["kv"]
 

@@ -78,6 +78,8 @@ LAUNCHES = {
     "walk_to_root": ("tree_tables", "tree_tables_triton", lambda: (ints(2, 70),)),
     "follow_target": ("accept_tree", "accept_tree_triton", lambda: (
         ints(2, 60, dtype=LONG), ints(2, 60, dtype=LONG), ints(2, 60), 7)),
+    "synthesize": ("synthesize_tokens", "synthesize_tokens_triton", lambda: (
+        ints(2, 60, dtype=LONG), ints(2, 60, dtype=LONG), ints(2, 60), ints(2), ints(2, dtype=LONG), torch.zeros(7), 5000)),
     "find_suffix": ("ngram_propose", "ngram_propose_triton", lambda: (
         ints(2, 900, dtype=LONG), ints(2), ints(2), 7, 4, False)),
     "best_in_blocks": ("choose_tokens", "choose_greedy_triton", lambda: (torch.zeros(2, 3, 5000).bfloat16(),)),
@@ -89,8 +91,6 @@ LAUNCHES = {
         3, 10)),
     "select_best": ("build_dynamic_tree", "build_dynamic_tree_triton", lambda: (
         ints(2, dtype=LONG), ints(2, 710, dtype=LONG), torch.zeros(2, 710), ints(2, 710), 60)),
-    "synthesize": ("synthesize_tokens", "synthesize_tokens_triton", lambda: (
-        ints(2, 60, dtype=LONG), ints(2, 60, dtype=LONG), ints(2, 60), ints(2), ints(2, dtype=LONG), torch.zeros(7), 5000)),
     "multiply_rows": ("skinny_linear", "skinny_linear_triton", lambda: (
         torch.zeros(2, 7, 256), torch.zeros(384, 256), torch.zeros(384))),
     "stream_weight": ("fused_linear", "fused_linear_triton", lambda: (

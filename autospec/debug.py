@@ -1,4 +1,4 @@
-"""The one debugging variable: AUTOSPEC_DEBUG=dump,verify,table[,dir=PATH].
+"""The one debugging variable: AUTOSPEC_DEBUG=dump,verify,table[,dir=PATH]; and two that choose kernels.
 
 dump    write NN_pass.{before,after}.txt for every pass
 verify  run the invariants after every pass, not only after those that changed something
@@ -11,9 +11,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from autospec.errors import unknown_option
+from autospec.errors import OptionError, unknown_option
 
-BACKENDS = ("triton", "flashinfer", "cpu")  # what AUTOSPEC_DISABLE_KERNELS may name
+# What AUTOSPEC_DISABLE_KERNELS and AUTOSPEC_KERNELS may name; a word means every backend that it begins.
+BACKENDS = ("triton", "flashinfer", "flashinfer_xqa", "flashinfer_trtllm", "flashinfer_fa2", "cpu")
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,27 @@ def disabled_kernels() -> frozenset[str]:
     for word in sorted(disabled - set(BACKENDS)):
         raise unknown_option("AUTOSPEC_DISABLE_KERNELS", word, BACKENDS)
     return disabled
+
+
+def forced_kernels() -> tuple[tuple[str, str], ...]:
+    """(op, backend) pairs of AUTOSPEC_KERNELS (such as `paged_attention=triton`); the backend may be `reference`."""
+    pairs: dict[str, str] = {}
+    for word in filter(None, (word.strip() for word in os.environ.get("AUTOSPEC_KERNELS", "").split(","))):
+        op, equals, backend = (part.strip() for part in word.partition("="))
+        if not (op and equals and backend):
+            raise OptionError(
+                f"AUTOSPEC_KERNELS names a backend for an op, got {word!r}", at=word, where="AUTOSPEC_KERNELS",
+                help="write op=backend, such as paged_attention=triton",
+            )  # fmt: skip
+        if backend not in (*BACKENDS, "reference"):
+            raise unknown_option("AUTOSPEC_KERNELS", backend, [*BACKENDS, "reference"])
+        if pairs.setdefault(op, backend) != backend:
+            raise OptionError(
+                f"AUTOSPEC_KERNELS names two backends for {op}", at=word, where="AUTOSPEC_KERNELS", help="leave one of them out"
+            )
+    return tuple(pairs.items())
+
+
+def names(word: str, backend: str) -> bool:
+    """Whether a word of these variables means a backend: `flashinfer` means flashinfer_xqa too."""
+    return backend == word or backend.startswith(f"{word}_")

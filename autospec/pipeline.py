@@ -16,7 +16,7 @@ from autospec.config import (
     Speculation,
     tree_of,
 )
-from autospec.debug import disabled_kernels
+from autospec.debug import disabled_kernels, forced_kernels
 from autospec.errors import OptionError, unknown_option
 from autospec.ir.passes import Pass, Stage
 from autospec.ir.slots import Slot
@@ -223,7 +223,8 @@ def finish() -> list[Stage]:
 
 def select() -> Stage:
     """The only stage that looks at the machine; a saved program runs it where it is loaded."""
-    return Stage("select", [PackLinears(), NarrowLinears(), SelectKernels(disabled=disabled_kernels())])
+    chosen = SelectKernels(disabled=disabled_kernels(), forced=forced_kernels())
+    return Stage("select", [PackLinears(), NarrowLinears(), chosen])
 
 
 def portable(stages: Sequence[Stage]) -> list[Stage]:

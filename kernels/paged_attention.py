@@ -494,28 +494,65 @@ def why_not_cpu(args: Mapping[str, Any]) -> str | None:
 paged_attention.native(why_not=why_not_cpu)
 
 
-def bench(device: torch.device) -> Iterator[Measurement]:
-    """32 query and 8 K/V heads of 128, bfloat16, random trees; exact is the reference in float64."""
+@paged_attention.sampler
+def sample(args: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """Random rows, pages in a random order, trees, and lengths about the middle of what the pages hold."""
+    device, (batch, q_len), max_pages = generator.device, args["q"].shape[:2], args["page_table"].shape[1]
+    floats = {
+        name: torch.empty(args[name].shape, dtype=args[name].dtype, device=device).normal_(generator=generator)
+        for name in ("q", "k_pages", "v_pages", "sinks", "alibi_slopes") if args[name] is not None
+    }
+    middle = max_pages * args["k_pages"].shape[1] // 2
+    spread = torch.randint(-(middle // 8), middle // 8 + 1, (batch,), generator=generator, device=device)
+    order = torch.randperm(max(args["k_pages"].shape[0] - 1, 1), generator=generator, device=device)
+    slots = torch.arange(batch * max_pages, device=device) % order.shape[0]
+    made: dict[str, Any] = {
+        "page_table": (1 + order[slots]).clamp(max=args["k_pages"].shape[0] - 1).reshape(batch, max_pages).int(),
+        "kv_lens": (middle + spread - q_len).clamp(min=0).int(),
+    }
+    if args["q_lens"] is not None:
+        made["q_lens"] = torch.full((batch,), q_len, dtype=torch.int32, device=device)
+    if args["tree_mask"] is not None:
+        count, words = args["tree_mask"].shape[1:]
+        mask = tree_tables.reference(random_tree(batch, count, generator))[0]
+        made["tree_mask"] = torch.nn.functional.pad(mask, (0, words - mask.shape[2]))
+    return {**args, **floats, **made}
+
+
+def random_tree(batch: int, count: int, generator: torch.Generator) -> Tensor:
+    """tree_parents [B, N] int32: each node's parent is any node before it."""
+    device = generator.device
+    share = torch.rand(batch, count - 1, generator=generator, device=device)
+    parents = (share * torch.arange(1, count, device=device)).int()
+    return torch.nn.functional.pad(parents, (1, 0), value=-1)
+
+
+def bench_cases(device: torch.device) -> Iterator[tuple[str, int, Tensor, tuple[Any, ...]]]:
+    """(case, bytes that must move, exact result, arguments): 32 query and 8 K/V heads of 128, bfloat16, random trees."""
     shapes = ((1, 1, 2048), (1, 8, 2048), (1, 64, 2048), (1, 64, 16384), (16, 16, 2048), (16, 64, 2048), (64, 8, 2048))
+    generator = torch.Generator(device).manual_seed(0)
     for page_size, (batch, q_len, context) in product((16, 64), shapes):
         max_pages = (context + q_len + page_size - 1) // page_size
         shape = 1 + batch * max_pages, page_size, 8, 128
         k_pages, v_pages = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
         page_table = (1 + torch.randperm(batch * max_pages, device=device)).reshape(batch, max_pages).int()
         q = torch.randn(batch, q_len, 32, 128, device=device, dtype=torch.bfloat16)
-        below = torch.arange(1, q_len, device=device)
-        parents = (torch.rand(batch, q_len - 1, device=device) * below).int()
-        parents = torch.nn.functional.pad(parents, (1, 0), value=-1)
         kv_lens = torch.full((batch,), context, device=device, dtype=torch.int32)
-        rest = page_table, kv_lens, None, tree_tables(parents)[0], None, 128**-0.5
+        tree_mask = tree_tables(random_tree(batch, q_len, generator))[0]
+        rest = page_table, kv_lens, None, tree_mask, None, 128**-0.5
         exact = paged_attention.reference(q.double(), k_pages.double(), v_pages.double(), *rest)
-
-        def mine(q=q, k_pages=k_pages, v_pages=v_pages, rest=rest) -> Tensor:
-            return paged_attention_triton(q, k_pages, v_pages, *rest)
-
-        def reference(q=q, k_pages=k_pages, v_pages=v_pages, rest=rest) -> Tensor:
-            return paged_attention.reference(q, k_pages, v_pages, *rest)
-
         moved = 2 * batch * (context + q_len) * 8 * 128 * 2 + 2 * q.nbytes
-        case = f"{batch} x {q_len}, {context}, page {page_size}"
+        yield f"{batch} x {q_len}, {context}, page {page_size}", moved, exact, (q, k_pages, v_pages, *rest)
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """Triton against the reference; the error is from the reference in float64."""
+    for case, moved, exact, arguments in bench_cases(device):
+
+        def mine(arguments=arguments) -> Tensor:
+            return paged_attention_triton(*arguments)
+
+        def reference(arguments=arguments) -> Tensor:
+            return paged_attention.reference(*arguments)
+
         yield measure("paged_attention", case, mine, reference, moved, exact)

@@ -24,6 +24,7 @@ import torch
 from autospec.kernels.launch import launching_directly
 
 Support = Callable[[Mapping[str, Any]], str | None]
+Sample = Callable[[Mapping[str, Any], torch.Generator], dict[str, Any]]
 
 if not __name__.startswith("autospec."):
     raise ImportError(
@@ -52,6 +53,13 @@ class KernelOp:
     op: Any  # torch._ops.OpOverload
     signature: inspect.Signature
     implementations: list[Implementation] = field(default_factory=list)
+    sample: Sample | None = None  # what to measure implementations with; None: the first that can is taken
+
+    def sampler(self, sample: Sample) -> Sample:
+        """Declare realistic inputs to measure with: from the arguments by name (FakeTensors and scalars) to the same with
+        new real tensors on the generator's device."""
+        self.sample = sample
+        return sample
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.op(*args, **kwargs)
@@ -73,9 +81,9 @@ class KernelOp:
         """
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            define = torch.library.triton_op if backend == "triton" else torch.library.custom_op
+            define = torch.library.triton_op if backend in TRACED else torch.library.custom_op
             definition: Any = define(f"autospec_{backend}::{self.name}", function, mutates_args=self.mutates)
-            if backend != "triton":
+            if backend not in TRACED:
                 definition.register_fake(self.reference)
             op = getattr(getattr(torch.ops, f"autospec_{backend}"), self.name).default
             self.implementations.append(Implementation(backend, why_not, op, function))
@@ -111,6 +119,7 @@ class KernelOp:
         self.implementations.append(Implementation("cpu", why_not, op, self.reference))
 
 
+TRACED = ("triton", "flashinfer_xqa", "flashinfer_trtllm")  # Inductor sees what they do; other backends' ops are opaque
 _native = torch.library.Library("autospec_cpu", "DEF")
 REGISTRY: dict[str, KernelOp] = {}
 DIRECT: dict[Any, Any] = {}  # op of a Triton implementation -> the op that launches it from Python

@@ -52,3 +52,29 @@ def test_the_environment_is_read_when_a_program_is_built(monkeypatch: pytest.Mon
     assert debug.options().dump
     monkeypatch.setenv("AUTOSPEC_DISABLE_KERNELS", "flashinfer, triton,")
     assert debug.disabled_kernels() == {"flashinfer", "triton"}
+    monkeypatch.setenv("AUTOSPEC_KERNELS", "paged_attention=triton, append_kv = reference,")
+    assert debug.forced_kernels() == (("paged_attention", "triton"), ("append_kv", "reference"))
+    monkeypatch.delenv("AUTOSPEC_KERNELS")
+    assert debug.forced_kernels() == ()
+
+
+@pytest.mark.parametrize(("text", "lines"), [
+    ("paged_attention", ["AUTOSPEC_KERNELS names a backend for an op, got 'paged_attention'", "  at    paged_attention",
+                         "  in    AUTOSPEC_KERNELS", "  help  write op=backend, such as paged_attention=triton"]),
+    ("paged_attention=tritn", ["AUTOSPEC_KERNELS has no option 'tritn'", "  at    tritn", "  in    AUTOSPEC_KERNELS",
+                               "  help  did you mean 'triton'?"]),
+    ("a=triton,a=cpu", ["AUTOSPEC_KERNELS names two backends for a", "  at    a=cpu", "  in    AUTOSPEC_KERNELS",
+                        "  help  leave one of them out"]),
+])  # fmt: skip
+def test_a_mistake_in_the_forced_kernels(monkeypatch: pytest.MonkeyPatch, text: str, lines: list[str]) -> None:
+    monkeypatch.setenv("AUTOSPEC_KERNELS", text)
+    with pytest.raises(OptionError) as error:
+        debug.forced_kernels()
+    assert str(error.value).splitlines() == lines
+
+
+def test_a_word_means_every_backend_that_it_begins() -> None:
+    assert debug.names("flashinfer", "flashinfer_xqa")
+    assert not debug.names("flash", "flashinfer_xqa")
+    assert not debug.names("flashinfer_xqa", "flashinfer_fa2")
+    assert not debug.names("", "triton")

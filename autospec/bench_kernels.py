@@ -15,7 +15,7 @@ import torch
 from autospec.kernels.timing import Measurement
 
 FILES = [
-    "paged_attention", "fused_linear", "append_kv", "append_rotated", "compact_kv", "tree_tables",
+    "paged_attention", "flashinfer", "fused_linear", "append_kv", "append_rotated", "compact_kv", "tree_tables",
     "accept_tree", "choose_tokens", "rank_children", "grow_frontier", "build_dynamic_tree", "ngram_propose", "skinny_linear",
     "synthesize_tokens",
 ]  # fmt: skip

@@ -18,11 +18,15 @@ from autospec.kernels.registry import Implementation, KernelOp
 SPEEDS = {"quick": 3.5, "slow": 9.25, "wrong": 1.0, "broken": 1.0, "full": 1.0}
 
 
-def double(x: Tensor) -> Tensor:
+def quick(x: Tensor) -> Tensor:
     return x * 2
 
 
-def times_three(x: Tensor) -> Tensor:
+def slow(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def wrong(x: Tensor) -> Tensor:
     return x * 3
 
 
@@ -34,18 +38,21 @@ def full(x: Tensor) -> Tensor:
     raise torch.OutOfMemoryError("out of memory")
 
 
-def twin(backend: str, function: Any = double) -> Implementation:
-    return Implementation(backend, lambda args: None, function, function)
+NAMES = {function: function.__name__ for function in (quick, slow, wrong, broken, full)}
 
 
-QUICK, SLOW = twin("quick"), twin("slow")
+def twin(function: Any) -> Implementation:
+    return Implementation(function.__name__, lambda args: None, function, function)
+
+
+QUICK, SLOW = twin(quick), twin(slow)
 
 
 class Bench:
     """An op with inputs to measure with, on a machine whose clock says what SPEEDS says."""
 
     def __init__(self) -> None:
-        self.kernel = KernelOp("double", double, (), None, None, sample=self.sample)  # type: ignore[arg-type]
+        self.kernel = KernelOp("double", quick, (), None, None, sample=self.sample)  # type: ignore[arg-type]
         self.timed: list[str] = []
         self.running = ""
 
@@ -64,9 +71,9 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Bench:
 
     def clock(run: Any) -> float:
         (measured,) = run.__defaults__
-        one.timed.append(measured.backend)
         run()
-        return SPEEDS[measured.backend]
+        one.timed.append(NAMES[measured])
+        return SPEEDS[NAMES[measured]]
 
     monkeypatch.setattr(choice, "time_graph", clock)
     monkeypatch.setattr(choice, "environment", lambda device: "H100, torch 2.11")
@@ -135,7 +142,7 @@ def test_a_folder_that_cannot_be_written_is_said_so(bench: Bench, monkeypatch: p
 
 
 def test_wrong_and_failing_ones_are_out_with_the_reason(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    candidates = [SLOW, twin("wrong", times_three), twin("broken", broken)]
+    candidates = [SLOW, twin(wrong), twin(broken)]
     times = bench.times(*candidates)
     assert times.best(candidates) is SLOW
     assert times.failures == {"wrong": "its result is off by 0.5 of the largest value",
@@ -145,7 +152,7 @@ def test_wrong_and_failing_ones_are_out_with_the_reason(bench: Bench, monkeypatc
     forget(monkeypatch)
     bench.times(*candidates)
     assert bench.timed == ["slow", "slow"], "and tried again by the next one"
-    only = [twin("broken", broken), QUICK]
+    only = [twin(broken), QUICK]
     assert bench.times(*only, shape=(3,)).best(only) is QUICK
 
 
@@ -154,11 +161,17 @@ def test_short_memory_leaves_the_first(bench: Bench) -> None:
     times = bench.times(*candidates, shape=(100, 100))
     assert str(times) == "not measured: it would take 0.0 GB, 0.0 GB are free"
     assert times.best(candidates) is SLOW
-    candidates = [SLOW, twin("full", full)]
+    candidates = [SLOW, twin(full)]
     times = bench.times(*candidates)
     assert str(times) == "not measured: the GPU's memory is full"
     assert times.best(candidates) is SLOW
     assert not choice.times_file().exists()
+
+
+def test_what_a_compiled_graph_runs_is_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice.DIRECT, slow, quick)
+    assert bench.times(SLOW).microseconds == {"slow": SPEEDS["quick"]}
+    assert bench.timed == ["quick"]
 
 
 def test_random_numbers_of_the_user_stay_as_they_are(bench: Bench) -> None:
@@ -173,7 +186,7 @@ def test_nothing_is_measured_on_a_cpu() -> None:
 
 
 def test_a_key_tells_arguments_apart() -> None:
-    op = KernelOp("op", double, (), None, None)  # type: ignore[arg-type]
+    op = KernelOp("op", quick, (), None, None)  # type: ignore[arg-type]
     x = torch.zeros(2, 3, dtype=torch.bfloat16)
     assert choice.spec_text(op, {"x": x, "mask": None, "window": 0, "pages": [x, x]}) == (
         "op(x=bfloat16[2, 3], window=0, pages=[bfloat16[2, 3], bfloat16[2, 3]])"

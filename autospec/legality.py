@@ -24,6 +24,7 @@ from autospec.ir.sizes import Evaluator, ancestors, constants_of, meeting_data, 
 from autospec.ir.slots import find_slot, slot_of
 from autospec.ir.text import node_text
 from autospec.kernels.attention import attention
+from autospec.kernels.latent_attention import expand_latent, latent_attention
 
 
 class _Run(fx.Interpreter):
@@ -36,6 +37,8 @@ class _Run(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if self.attention_as is not None and target is attention.op:
             return self.attention_as(*args, **kwargs)
+        if self.attention_as is not None and target is latent_attention.op:
+            return self.attention_as(*expand_latent(*args[:6]))
         return super().call_function(target, args, kwargs)
 
 
@@ -67,7 +70,7 @@ def check_captured(
             f"attention was not recognised: {first.reason}", at=first.line, where=f"{name} {first.module}".strip(),
             help="only causal, windowed and chunked self-attention can be decoded by pages",
         )  # fmt: skip
-    if next(calls(graph, attention), None) is None:
+    if next(calls(graph, (attention, latent_attention)), None) is None:
         raise CaptureError("no attention was found in the model's graph", where=name,
                            help="recurrent and state-space models need state roll-back, which is not supported yet")  # fmt: skip
     check_counts_nothing(name, graph)
@@ -204,7 +207,10 @@ def kept_by_cache(model: Any, graph: fx.GraphModule) -> int | None:
     except Exception:  # no cache of the usual kind
         return None
     windows = [int(layer.sliding_window) if getattr(layer, "is_sliding", False) else 0 for layer in layers]
-    shown = [max(argument(node, "window"), argument(node, "chunk")) for node in calls(graph, attention)]
+    shown = [
+        max(argument(node, "window"), argument(node, "chunk")) if is_call(node, attention) else 0  # latents have none
+        for node in calls(graph, (attention, latent_attention))
+    ]
     if len(shown) != len(windows):  # shared or repeated layers: any window will do
         shown = [min((w for w in shown if w), default=0)] * len(windows)
     return min((kept for kept, seen in zip(windows, shown, strict=True) if kept and not 0 < seen <= kept), default=None)

@@ -20,7 +20,7 @@ from autospec.errors import LoweringError, OptionError
 from autospec.ir.build import Builder, fake_mode, value_of
 from autospec.ir.passes import PassRecord
 from autospec.ir.runner import run_stages
-from autospec.ir.slots import Slot, slots
+from autospec.ir.slots import Slot, is_pages, slots
 from autospec.kernels.registry import DIRECT, KernelOp, find
 from autospec.program import Graph, ModelFacts, Program, Shape, materialise
 
@@ -194,7 +194,7 @@ def refuse_page_copies(sources: Iterable[str], state: Iterable[Slot]) -> None:
     Pages are written in place; Inductor clones a buffer silently when it cannot prove that this is safe, which would
     cost a copy of the whole cache per layer and step.
     """
-    pages = {slot.shape: slot for slot in state if slot.name.startswith(("k_pages", "v_pages"))}
+    pages = {slot.shape: slot for slot in state if is_pages(slot)}
     for source in sources:
         for sizes in allocated_sizes(source):
             if sizes in pages:

@@ -34,8 +34,10 @@ from autospec.passes.narrow_linears import NarrowLinears
 from autospec.passes.offset_draft_layers import OffsetDraftLayers
 from autospec.passes.pack_linears import PackLinears
 from autospec.passes.page_kv_cache import PageKvCache
+from autospec.passes.page_latent_cache import PageLatentCache
 from autospec.passes.propose_draft import ProposeNgram, ProposeNothing
 from autospec.passes.recognize_attention import RecognizeAttention
+from autospec.passes.recognize_mla import RecognizeMla
 from autospec.passes.select_kernels import SelectKernels
 from autospec.passes.specialize_shapes import SpecializeShapes
 from autospec.passes.synthesize_acceptance import SynthesizeAcceptance
@@ -97,7 +99,11 @@ def left_out(asked: str | Sequence[str] | None) -> frozenset[str]:
 
 def understand(max_positions: int) -> list[Stage]:
     """From an exported graph to canonical ops and roles."""
-    return [Stage("understand", [RecognizeAttention(max_positions=max_positions), BindPositions(), TagRoles()])]
+    return [
+        Stage("understand", [
+            RecognizeAttention(max_positions=max_positions), RecognizeMla(), BindPositions(), TagRoles(),
+        ]),
+    ]  # fmt: skip
 
 
 def understand_head() -> list[Stage]:
@@ -110,6 +116,8 @@ def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False) -> li
     return [
         Stage("specialise", [SpecializeShapes(batch_size=shape.batch_size, q_len=q_len), FoldNoops()]),
         Stage("cache", [
+            PageLatentCache(page_size=shape.page_size, num_pages=shape.num_pages, pages_per_row=shape.pages_per_row,
+                            is_length_given=is_length_given),
             PageKvCache(page_size=shape.page_size, num_pages=shape.num_pages, pages_per_row=shape.pages_per_row,
                         is_length_given=is_length_given),
         ]),

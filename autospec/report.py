@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from autospec.ir.passes import PassRecord
+from autospec.ir.slots import is_pages
 from autospec.program import CapturedHead, CapturedModel, Program
 
 
@@ -54,11 +55,11 @@ def memory_plan(target: CapturedModel, draft: CapturedModel | CapturedHead | Non
     """Bytes of weights, pages and the rest of the state."""
     weights = sum(tensor.numel() * tensor.dtype.itemsize for tensor in program.weights.values())
     total = {True: 0, False: 0}
-    for name, slot in program.state_slots().items():
+    for slot in program.state_slots().values():
         count = slot.dtype.itemsize
         for size in slot.shape:
             count *= size
-        total[name.startswith(("k_pages", "v_pages"))] += count
+        total[is_pages(slot)] += count
     return [f"memory: weights {weights / 1e6:.1f} MB, pages {total[True] / 1e6:.1f} MB, other state {total[False] / 1e6:.2f} MB"]
 
 

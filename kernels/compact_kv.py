@@ -21,7 +21,7 @@ from autospec.kernels.timing import Measurement, measure
 def compact_kv(
     pages: list[Tensor], page_table: Tensor, kv_lens: Tensor, accept_path: Tensor, accept_length: Tensor
 ) -> None:
-    """pages: K and V buffers [num_pages, P, Hkv, D] of all layers; kv_lens [B] int32 before the step;
+    """pages: K and V buffers [num_pages, P, Hkv, D] or latents [num_pages, P, R] of all layers; kv_lens [B] int32 before the step;
     accept_path [B, L+1] int32 (-1 padded), accept_length [B] int32. Mutates the pages."""
     steps = accept_path.shape[1]
     index = torch.arange(steps, device=kv_lens.device)[None, :]
@@ -108,7 +108,7 @@ def compact_kv_triton(
     batch, steps = accept_path.shape
     accept_path = accept_path.contiguous()
     for group in launches(pages):
-        page_size, columns = group[0].shape[1], group[0].shape[2] * group[0].shape[3]
+        page_size, columns = group[0].shape[1], group[0][0, 0].numel()
         block_s = power_of_2(steps)
         block_c = min(power_of_2(columns), max(4096 // block_s, 64))
         wrap_triton(move_rows)[((columns + block_c - 1) // block_c, batch, len(group))](

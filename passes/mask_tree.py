@@ -24,7 +24,9 @@ from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import tag
 from autospec.ir.slots import Slot, find_slot
 from autospec.kernels.append_kv import append_kv
+from autospec.kernels.append_latent import append_latent
 from autospec.kernels.paged_attention import paged_attention
+from autospec.kernels.paged_mla import paged_mla
 from autospec.kernels.tree_tables import node_positions, tree_tables
 
 
@@ -42,7 +44,7 @@ class MaskTree(Pass):
             yield "position_ids is still an input: run widen-decode first"
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
-        todo = [node for node in calls(module, paged_attention) if argument(node, "tree_mask") is None]
+        todo = [node for node in calls(module, (paged_attention, paged_mla)) if argument(node, "tree_mask") is None]
         if not todo:
             return 0
         if self.is_mask_given:
@@ -68,10 +70,10 @@ class MaskTree(Pass):
         lens = builder.slot(Slot("input", "append_lens", (self.batch_size,), torch.int32))
         for node in todo:
             node.update_kwarg("tree_mask", mask)
-        for node in calls(module, append_kv):
-            node.update_arg(5, lens)
+        for node in calls(module, (append_kv, append_latent)):
+            node.update_arg(len(node.args) - 1, lens)  # kv_lens comes last
 
     def ensures(self, module: fx.GraphModule) -> Iterable[str]:
-        for node in calls(module, paged_attention):
+        for node in calls(module, (paged_attention, paged_mla)):
             if argument(node, "tree_mask") is None:
                 yield f"%{node.name} takes its tokens for a chain"

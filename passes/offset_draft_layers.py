@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from autospec.ir.passes import Notes, Pass
-from autospec.ir.slots import Slot, assign_slot, slot_of
+from autospec.ir.slots import Slot, assign_slot, is_pages, slot_of
 
 WEIGHT_PREFIX = "draft."
 
@@ -40,10 +40,10 @@ class OffsetDraftLayers(Pass):
         return count
 
     def renamed(self, slot: Slot) -> str:
-        stem, _, index = slot.name.partition(".")
         if slot.kind == "weight":
             return WEIGHT_PREFIX + slot.name
-        if slot.kind == "state" and stem in ("k_pages", "v_pages"):
+        if is_pages(slot):
+            stem, _, index = slot.name.partition(".")
             return f"{stem}.{int(index) + self.layer_idx_offset}"
         return slot.name
 

@@ -20,7 +20,7 @@ from torch import fx
 from autospec.ir.build import Builder
 from autospec.ir.match import argument, aten, calls, operand
 from autospec.ir.passes import Notes, Pass
-from autospec.ir.slots import Slot
+from autospec.ir.slots import Slot, is_pages, slots
 from autospec.kernels.append_kv import append_kv
 from autospec.kernels.attention import attention
 from autospec.kernels.paged_attention import paged_attention
@@ -43,6 +43,7 @@ class PageKvCache(Pass):
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         found = list(calls(module, attention))
         shared: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]] = {}
+        first = sum(is_pages(slot) for slot in slots(module))  # layers with latent pages are numbered before these
         for node in found:
             q, k, v = (operand(node, index) for index in range(3))
             batch = q.meta["val"].shape[0]
@@ -50,7 +51,7 @@ class PageKvCache(Pass):
             page_table = builder.state("page_table", (batch, self.pages_per_row), torch.int32)
             kv_lens = builder.slot(Slot("input" if self.is_length_given else "state", "kv_lens", (batch,), torch.int32))
             if (k, v) not in shared:
-                index = len(shared)
+                index = first + len(shared)
                 pages = []
                 for letter, source in (("k", k), ("v", v)):
                     value = source.meta["val"]

@@ -19,6 +19,7 @@ from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import tag
 from autospec.ir.slots import slot_of
 from autospec.kernels.attention import attention
+from autospec.kernels.latent_attention import latent_attention
 
 # What may stand between the lm_head and the output without mixing rows: softcaps, scales, casts.
 ROW_LOCAL = (
@@ -34,7 +35,7 @@ class TagRoles(Pass):
     name = "tag-roles"
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
-        attention_calls = list(calls(module, attention))
+        attention_calls = list(calls(module, (attention, latent_attention)))
         for node in attention_calls:
             tag(node, "attention")
         _tag_layers(module, attention_calls, notes)
@@ -50,7 +51,7 @@ class TagRoles(Pass):
         return 0
 
     def ensures(self, module: fx.GraphModule) -> Iterable[str]:
-        for node in calls(module, attention):
+        for node in calls(module, (attention, latent_attention)):
             if node.meta.get("role") != "attention":
                 yield f"%{node.name} is an attention call without its role"
 

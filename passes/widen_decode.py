@@ -25,6 +25,7 @@ from autospec.ir.roles import tag
 from autospec.ir.slots import find_slot
 from autospec.kernels.commit import prompt_chunk
 from autospec.kernels.paged_attention import paged_attention
+from autospec.kernels.paged_mla import paged_mla
 from autospec.kernels.tree_tables import node_positions
 
 
@@ -90,7 +91,7 @@ class FeedPrompt(Pass):
         tag(chunk, "draft_tokens")
         tag(q_lens, "q_lens")
         positions = builder.call(node_positions, kv_lens, self.q_len, self.max_position)
-        for node in calls(module, paged_attention):
+        for node in calls(module, (paged_attention, paged_mla)):
             node.update_kwarg("q_lens", q_lens)
         return _bind(module, "input_ids", chunk) + _bind(module, "position_ids", positions)
 

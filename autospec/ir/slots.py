@@ -62,8 +62,8 @@ def placeholder_name(slot_name: str) -> str:
 
 
 def is_pages(slot: Slot) -> bool:
-    """Whether the slot is a buffer of K or V pages."""
-    return slot.kind == "state" and slot.name.startswith(("k_pages.", "v_pages."))
+    """Whether the slot is a buffer of K, V or latent pages."""
+    return slot.kind == "state" and slot.name.startswith(("k_pages.", "v_pages.", "latent_pages."))
 
 
 def assign_slot(node: fx.Node, slot: Slot) -> None:

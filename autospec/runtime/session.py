@@ -74,11 +74,18 @@ class Session:
 
     def committed_kv(self, row: int, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """K and V rows 0 ... length-1 of a request in a KV layer: [length, Hkv, D] and [length, Hkv, Dv]."""
+        keys, values = (self._committed(f"{letter}_pages.{layer}", row, length) for letter in "kv")
+        return keys, values
+
+    def committed_latent(self, row: int, layer: int, length: int) -> Tensor:
+        """Rows 0 ... length-1 of a request in a latent layer: [length, kv_lora_rank + qk_rope_head_dim]."""
+        return self._committed(f"latent_pages.{layer}", row, length)
+
+    def _committed(self, name: str, row: int, length: int) -> Tensor:
         size = self.program.shape.page_size
         slots = torch.arange(length, device=self.state["page_table"].device)
         pages = self.state["page_table"][row].long()[slots // size]
-        keys, values = (self.state[f"{letter}_pages.{layer}"][pages, slots % size] for letter in "kv")
-        return keys, values
+        return self.state[name][pages, slots % size]
 
     def _time(self, step: Callable[[], object]) -> float:
         samples = []

@@ -52,6 +52,10 @@ ARGUMENTS = {
     "k_pages": lambda: torch.randn(1 + B * PAGES, P, HKV, D), "v_pages": lambda: torch.randn(1 + B * PAGES, P, HKV, DV),
     "pages": lambda: [torch.randn(1 + B * PAGES, P, HKV, D) for _ in range(3)],
     "page_table": lambda: (1 + torch.arange(B * PAGES, dtype=torch.int32)).reshape(B, PAGES),
+    "latent": lambda: torch.randn(B, N, 8), "k_rope": lambda: torch.randn(B, N, 4),
+    "latent_pages": lambda: torch.randn(1 + B * PAGES, P, 12), "q_latent": lambda: torch.randn(B, N, HQ, 8),
+    "q_rope": lambda: torch.randn(B, N, HQ, 4), "q_nope": lambda: torch.randn(B, HQ, N, 5),
+    "w_uk": lambda: torch.randn(HQ, 5, 8), "w_uv": lambda: torch.randn(HQ, 6, 8),
     "sinks": lambda: torch.randn(HQ), "scale": lambda: 0.3, "window": lambda: 6, "chunk": lambda: 4,
     "softcap": lambda: 5.0,
     "alibi_slopes": lambda: torch.linspace(0.1, 0.5, HQ),
@@ -87,6 +91,7 @@ SPECIAL = {
         for name in ("fused_linear", "fused_linear_normed")
     },
     "grouped_mm": {"weight": lambda: torch.randn(3, 7, 6)},
+    "latent_attention": {"q_rope": lambda: torch.randn(B, HQ, N, 4)},
     "commit_prompt": {
         "target_tokens": lambda: integers(V, B, 1), "kv_lens": lambda: torch.tensor([1, 3], dtype=torch.int32)
     },

@@ -68,10 +68,19 @@ def cache_is_fresh(
     if draft is not None:
         layers += [(pair, len(ids)) for pair in hf_cache(draft, ids)]
     for layer, (pair, length) in enumerate(layers):
-        got = session.committed_kv(row, layer, length)
+        got = _committed(session, row, layer, length, pair)
         for letter, mine, wanted in zip("KV", got, pair, strict=True):
             error = float((mine - wanted[:length]).abs().max()) if length else 0.0
             assert error < CLOSE, f"{letter} of layer {layer}, row {row} is off by {error:.1e}"
+
+
+def _committed(
+    session: Session, row: int, layer: int, length: int, like: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    if f"latent_pages.{layer}" not in session.state:
+        return session.committed_kv(row, layer, length)
+    latent, k_rope = session.committed_latent(row, layer, length).split([one.shape[-1] for one in like], -1)
+    return latent[:, None], k_rope[:, None]
 
 
 def lossless_for_any_draft(

@@ -42,6 +42,10 @@ _MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "window": ("mistral", 2, {"sliding_window": 7}),
     "chunk": ("llama4_text", 3, {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
                                  "num_hidden_layers": 4}),
+    "latent": ("deepseek_v3", 4, {"num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 12, "q_lora_rank": 16,
+                                  "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "moe_intermediate_size": 16,
+                                  "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+                                  "first_k_dense_replace": 1}),
 }
 TAPS = (0, 0, 1)  # the tiny target has two layers
 
@@ -141,7 +145,7 @@ def oracle(
 
 
 def hf_cache(name: str, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """K and V of every layer for these tokens as transformers computes them: [S, Hkv, D] each."""
+    """K and V of every layer for these tokens as transformers computes them, [S, Hkv, D] each; latent and rope, [S, 1, *]."""
     with torch.no_grad():
         cache = model(name)(torch.tensor([ids]), past_key_values=DynamicCache()).past_key_values
     return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]

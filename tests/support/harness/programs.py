@@ -44,6 +44,8 @@ DRAFTERS: dict[str, tuple[Speculation, str | None]] = {
     "small static": (DraftTargetConfig("small", eagle_choices=CHOICES), "small"),
     "small dynamic": (DraftTargetConfig("small", **_GROWN), "small"),
     "near dynamic": (DraftTargetConfig("near", **_GROWN), "near"),
+    "latent twin": (DraftTargetConfig("latent", L), "latent"),
+    "latent twin static": (DraftTargetConfig("latent", eagle_choices=CHOICES), "latent"),
     "twin static": (DraftTargetConfig("target", eagle_choices=CHOICES), "target"),
     "eagle": (Eagle3Config("eagle", L), "eagle"),
     "eagle static": (Eagle3Config("eagle", eagle_choices=CHOICES), "eagle"),

@@ -82,11 +82,13 @@ def warm_lossless_for_any_tree(workshop: Workshop) -> None:
     lossless_for_any_tree(workshop, 7, WARM, truth=0.8)
 
 
-def draft_caches_stay_fresh(workshop: Workshop, drafter: str = "small dynamic", seed: int = 8) -> None:
+def draft_caches_stay_fresh(
+    workshop: Workshop, drafter: str = "small dynamic", seed: int = 8, target: str = "target"
+) -> None:
     """Paths accepted anywhere in the tree leave the drafter's cache as a fresh run of the emitted tokens would."""
     new_tokens = 20
-    futures = _futures("target", new_tokens, GREEDY)
-    session = workshop.session(drafter)
+    futures = _futures(target, new_tokens, GREEDY)
+    session = workshop.session(drafter, target=target)
     draft = TreeDraft(futures, seed, session.program.shape.tree.max_draft_len, truth=0.7)
     requests = requests_of(PROMPTS, new_tokens)
     boundaries = 0
@@ -96,18 +98,18 @@ def draft_caches_stay_fresh(workshop: Workshop, drafter: str = "small dynamic", 
         boundaries += 1
         if boundaries in (1, 2, 4):
             for row, future in enumerate(futures):
-                _drafter_is_fresh(session, row, future[: int(state["kv_lens"][row]) + 1], drafter)
+                _drafter_is_fresh(session, row, future[: int(state["kv_lens"][row]) + 1], drafter, target)
 
     run(session, requests, script=draft, watch=watch)
     for row, request in enumerate(requests):
-        _drafter_is_fresh(session, row, request.prompt + request.output, drafter)
+        _drafter_is_fresh(session, row, request.prompt + request.output, drafter, target)
 
 
-def _drafter_is_fresh(session: Session, row: int, ids: list[int], drafter: str) -> None:
+def _drafter_is_fresh(session: Session, row: int, ids: list[int], drafter: str, target: str) -> None:
     if not drafter.startswith("eagle"):
-        cache_is_fresh(session, row, ids, draft=drafter.split()[0])
+        cache_is_fresh(session, row, ids, target, drafter.split()[0])
         return
-    cache_is_fresh(session, row, ids)
+    cache_is_fresh(session, row, ids, target)
     for layer, pair in enumerate(eagle_rows(ids)[1], start=session.program.facts.num_kv_layers):
         got = session.committed_kv(row, layer, len(ids) - 1)
         for letter, mine, wanted in zip("KV", got, pair, strict=True):

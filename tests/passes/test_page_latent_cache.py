@@ -1,0 +1,157 @@
+"""page-latent-cache: any split into prefill and decode equals stateless attention; a row is a latent and a rope part."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from harness.graphs import VOCAB, after, apply, check_golden, evaluate, new_state
+from harness.latents import Dims, latent_graph, written
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+
+from autospec.ir.match import calls
+from autospec.ir.slots import slots
+from autospec.ir.text import graph_text
+from autospec.kernels.append_latent import append_latent
+from autospec.kernels.attention import attention
+from autospec.kernels.compact_kv import compact_kv
+from autospec.kernels.latent_attention import latent_attention
+from autospec.kernels.paged_mla import paged_mla
+from autospec.passes.fold_noops import FoldNoops
+from autospec.passes.mask_tree import MaskTree
+from autospec.passes.offset_draft_layers import OffsetDraftLayers
+from autospec.passes.page_kv_cache import PageKvCache
+from autospec.passes.page_latent_cache import PageLatentCache
+from autospec.passes.recognize_mla import RecognizeMla
+from autospec.passes.specialize_shapes import SpecializeShapes
+
+BATCH, PAGE, PAGES_PER_ROW = 2, 4, 8
+SIZES = {"page_size": PAGE, "num_pages": 1 + BATCH * PAGES_PER_ROW, "pages_per_row": PAGES_PER_ROW}
+PAGING = PageLatentCache(**SIZES)
+
+
+@functools.cache
+def captured(num_layers: int = 2) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    graph, weights = latent_graph(written, num_layers=num_layers)
+    apply(graph, RecognizeMla())
+    return graph, weights
+
+
+@functools.cache
+def paged(q_len: int, num_layers: int = 2) -> fx.GraphModule:
+    return after(captured(num_layers)[0], SpecializeShapes(batch_size=BATCH, q_len=q_len), FoldNoops(), PAGING)
+
+
+def test_text() -> None:
+    check_golden("page_latent_cache", graph_text(paged(3, 1)))
+
+
+def test_again_finds_nothing() -> None:
+    assert apply(paged(3), PAGING, PageKvCache(**SIZES))[0].count == 0
+    assert not [slot for slot in slots(paged(3)) if slot.name.startswith(("k_pages", "v_pages"))]
+
+
+def test_symbolic_shapes_are_refused() -> None:
+    with pytest.raises(AssertionError, match="page-latent-cache requires: shapes must be static"):
+        after(captured()[0], PAGING)
+
+
+def test_a_row_is_latent_and_rope_whatever_the_heads() -> None:
+    pages = {slot.name: slot for slot in slots(paged(3)) if "pages." in slot.name}
+    dims = Dims()
+    width = dims.kv_lora_rank + dims.qk_rope_head_dim
+    assert {name: slot.shape for name, slot in pages.items()} == {
+        f"latent_pages.{layer}": (SIZES["num_pages"], PAGE, width) for layer in (0, 1)
+    }
+    moved = after(paged(3), OffsetDraftLayers(layer_idx_offset=5))
+    assert {slot.name for slot in slots(moved) if "pages." in slot.name} == {"latent_pages.5", "latent_pages.6"}
+
+
+def state_of(module: fx.GraphModule, generator: torch.Generator) -> dict[str, Tensor]:
+    """Pages lie anywhere and hold what earlier requests left."""
+    state = new_state(module)
+    order = torch.randperm(BATCH * PAGES_PER_ROW, generator=generator).to(torch.int32) + 1
+    state["page_table"].copy_(order.reshape(BATCH, PAGES_PER_ROW))
+    for name, tensor in state.items():
+        if "pages." in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return state
+
+
+@settings(max_examples=20)
+@given(
+    splits=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 1000), behind=st.integers(0, 3)
+)
+def test_any_split_equals_the_whole(splits: list[int], seed: int, behind: int) -> None:
+    """What a wider call wrote past the end does no harm."""
+    graph, weights = captured()
+    generator = torch.Generator().manual_seed(seed)
+    if sum(splits) > PAGE * PAGES_PER_ROW - 9:
+        splits = [9]
+    length = sum(splits)
+    ids = torch.randint(0, VOCAB, (BATCH, length), generator=generator)
+    positions = torch.arange(length).expand(BATCH, -1).contiguous()
+    whole = evaluate(graph, {"input_ids": ids, "position_ids": positions, **weights})[0]
+    state = state_of(paged(1), generator)
+    start = 0
+    for split in splits:
+        part = slice(start, start + split)
+        values = {"input_ids": ids[:, part], "position_ids": positions[:, part], **weights, **state}
+        got = evaluate(paged(split), values)[0]
+        torch.testing.assert_close(got, whole[:, part], rtol=0, atol=3e-6)
+        rejected = min(behind, split - 1)
+        state["kv_lens"].add_(split - rejected)
+        start += split - rejected
+
+
+def test_a_path_through_a_tree_equals_its_chain() -> None:
+    """Two siblings with a child each; the second branch is accepted, compacted, and decoded on."""
+    graph, weights = captured()
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, VOCAB, (BATCH, 7), generator=generator)
+    positions = torch.arange(7).expand(BATCH, -1).contiguous()
+    whole = evaluate(graph, {"input_ids": ids, "position_ids": positions, **weights})[0]
+    tree = after(paged(5), MaskTree(batch_size=BATCH, num_nodes=5, is_mask_given=True))
+    state = state_of(paged(1), generator)
+    start = {"input_ids": ids[:, :3], "position_ids": positions[:, :3], **weights, **state}
+    evaluate(paged(3), start)
+    state["kv_lens"].fill_(3)
+    wrong = (ids[:, 4:6] + 1) % VOCAB
+    nodes = torch.cat([ids[:, 3:4], wrong[:, :1], ids[:, 4:5], wrong[:, 1:], ids[:, 5:6]], 1)  # 0 -> 1 -> 3, 0 -> 2 -> 4
+    mask = torch.tensor([0b1, 0b11, 0b101, 0b1011, 0b10101], dtype=torch.int32)[None, :, None].expand(BATCH, -1, -1).contiguous()
+    depth = torch.tensor([3, 4, 4, 5, 5]).expand(BATCH, -1).contiguous()
+    lens = {"append_lens": state["kv_lens"].clone(), "tree_mask": mask}
+    got = evaluate(tree, {"input_ids": nodes, "position_ids": depth, **lens, **weights, **state})[0]
+    torch.testing.assert_close(got[:, [0, 2, 4]], whole[:, 3:6], rtol=0, atol=3e-6)
+    path = torch.tensor([[0, 2, 4]], dtype=torch.int32).expand(BATCH, -1).contiguous()
+    pages = [state[f"latent_pages.{layer}"] for layer in (0, 1)]
+    compact_kv(pages, state["page_table"], state["kv_lens"], path, torch.full((BATCH,), 2, dtype=torch.int32))
+    state["kv_lens"].fill_(6)
+    last = evaluate(paged(1), {"input_ids": ids[:, 6:], "position_ids": positions[:, 6:], **weights, **state})[0]
+    torch.testing.assert_close(last, whole[:, 6:], rtol=0, atol=3e-6)
+
+
+def test_calls_that_share_a_latent_share_pages() -> None:
+    graph, _ = latent_graph(written, num_layers=2)
+    apply(graph, RecognizeMla())
+    first, second = calls(graph, latent_attention)
+    second.args = (*second.args[:2], *first.args[2:4], *second.args[4:])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    static = after(graph, SpecializeShapes(batch_size=BATCH, q_len=3), FoldNoops())
+    record = apply(static, PAGING)[0]
+    assert (record.count, record.details) == (2, ("1 attention calls share the latent of another",))
+    assert (len(list(calls(static, append_latent))), len(list(calls(static, paged_mla)))) == (1, 2)
+    assert {slot.name for slot in slots(static) if "pages." in slot.name} == {"latent_pages.0"}
+
+
+def test_layers_that_keep_keys_and_values_are_numbered_behind() -> None:
+    graph, _ = latent_graph(written, num_layers=2)
+    first, _ = calls(graph, attention)
+    first.kwargs = {**first.kwargs, "window": 3}
+    assert apply(graph, RecognizeMla())[0].count == 1
+    static = after(graph, SpecializeShapes(batch_size=BATCH, q_len=3), FoldNoops(), PAGING, PageKvCache(**SIZES))
+    assert {slot.name for slot in slots(static) if "pages." in slot.name} == {"latent_pages.0", "k_pages.1", "v_pages.1"}

@@ -14,9 +14,9 @@ from harness.programs import CHOICES, Plant, Workshop
 from torch import Tensor
 
 from autospec.api import Limits, OptimizedModel
-from autospec.assemble import capture_model, state_bytes
+from autospec.assemble import capture_model
 from autospec.config import DraftTargetConfig, NGramConfig, Speculation
-from autospec.program import CapturedModel
+from autospec.program import CapturedModel, state_bytes
 from autospec.tiny_models import lively_model
 from autospec.zoo import reference_tokens
 

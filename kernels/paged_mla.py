@@ -9,12 +9,19 @@ chains, trees and q_lens as in paged_attention. Windows and chunks do not exist 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from autospec.kernels.attention import attend
-from autospec.kernels.paged_attention import visible_slots
+from autospec.kernels.launch import jit, multiprocessors, no_gpu, power_of_2, rows_of, tl, wrap_triton
+from autospec.kernels.paged_attention import block_pages, linked_nodes, load_rows, row_numbers, visible_slots
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
+from autospec.kernels.tree_tables import tree_tables
 
 
 @kernel_op()
@@ -33,3 +40,235 @@ def paged_mla(
     rows = latent_pages.index_select(0, page_table.reshape(-1)).reshape(batch, num_slots, 1, -1)
     visible = visible_slots(kv_lens, q_len, num_slots, 0, 0, tree_mask)
     return attend(torch.cat([q_latent, q_rope], -1), rows, rows[..., :kv_lora_rank], visible, None, scale, 0.0)
+
+
+def why_not_triton(args: Mapping[str, Any]) -> str | None:
+    """Pages are addressed by row number, a tile holds whole latent rows, and scores are scaled behind their maximum."""
+    q_latent, q_rope, latent_pages = args["q_latent"], args["q_rope"], args["latent_pages"]
+    if not q_latent.dtype == q_rope.dtype == latent_pages.dtype:
+        return f"queries are {q_latent.dtype} and {q_rope.dtype}, pages {latent_pages.dtype}"
+    if q_latent.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {q_latent.dtype} is not float16, bfloat16 or float32"
+    if q_latent.shape[3] > 512 or q_rope.shape[3] > 128:
+        return f"a latent of {q_latent.shape[3]} and a rope part of {q_rope.shape[3]} do not fit a tile of 512 + 128"
+    if not latent_pages.is_contiguous():
+        return "the pages are not contiguous"
+    if args["scale"] <= 0:
+        return f"scale {args['scale']} is not positive"
+    return no_gpu(args)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut: rows (node, head) and slots of a tile, splits of the slots; warps and pipeline stages."""
+
+    rows: int
+    slots: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def choose_tile(q_latent: Tensor, latent_pages: Tensor, page_table: Tensor) -> Tile:
+    """A tile and as many splits as fill the GPU, from shapes alone: lengths stay on the device.
+
+    Not tuned, only sized: a 64 x 512 float32 accumulator takes 128 registers of each of 256 threads, and queries with two
+    stages of 64 bfloat16 rows of 576 take 216 of 227 KB of shared memory. A split keeps two blocks, since what it writes
+    for the combination (2 KB per row) soon outweighs what it reads.
+    """
+    batch, q_len, heads, kv_lora_rank = q_latent.shape
+    capacity = page_table.shape[1] * latent_pages.shape[1]
+    row_bytes = power_of_2(kv_lora_rank) * q_latent.element_size()
+    rows = min(max(power_of_2(q_len * heads), 16), 64 if row_bytes <= 1024 else 16)
+    slots = 64 if row_bytes <= 1024 else 16
+    programs = batch * ((q_len * heads + rows - 1) // rows)
+    splits = 1
+    while splits < 64 and programs * splits * 2 <= multiprocessors(q_latent) and splits * 4 * slots <= capacity:
+        splits *= 2
+    return Tile(rows, slots, splits, 8 if rows * row_bytes >= 64 * 512 else 4, 2)
+
+
+# B requests (i_b), N nodes, H heads that share every slot. A tile holds M rows (o_m): row r is node r // H and head r % H,
+# so that a latent row is read once for all of them; T slots (o_t); S splits of the slots (i_s); R elements of a latent
+# (o_r), which is key and value at once, and E elements of its rope part (o_e), which is key only.
+
+
+@jit
+def fold_latents(b_q, b_qe, b_c, b_e, m_visible, b_top, b_sum, b_acc, factor):
+    """One step of the online softmax in powers of two; b_top is finite, so that a row that sees nothing stays 0."""
+    b_s = tl.dot(b_q, tl.trans(b_c), input_precision="ieee")
+    b_s = tl.dot(b_qe, tl.trans(b_e), b_s, input_precision="ieee")
+    if m_visible is not None:
+        b_s = tl.where(m_visible, b_s, -float("inf"))
+    b_new = tl.maximum(b_top, tl.max(b_s, 1) * factor)  # the factor is positive, so the highest score stays the highest
+    b_p = tl.exp2(b_s * factor - b_new[:, None])
+    b_keep = tl.exp2(b_top - b_new)
+    b_sum = b_sum * b_keep + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_c.dtype), b_c, b_acc * b_keep[:, None], input_precision="ieee")
+    return b_new, b_sum, b_acc
+
+
+@jit
+def attend_latents(
+    p_q, p_qe, p_pages, p_table, p_lens, p_q_lens, p_mask, p_out, p_lse,
+    stride_qb, stride_qn, stride_qh, stride_eb, stride_en, stride_eh, stride_tb, q_len, earlier, max_pages, scale,
+    H: tl.constexpr, R: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WORDS: tl.constexpr, SPLITS: tl.constexpr,
+    IS_WIDE: tl.constexpr, M: tl.constexpr, T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+):
+    i_b = tl.program_id(1).to(tl.int64)
+    i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    factor = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e)
+    kv_len = tl.load(p_lens + i_b)
+    valid = q_len
+    if p_q_lens is not None:
+        valid = tl.minimum(tl.load(p_q_lens + i_b), q_len)
+    p_table += i_b * stride_tb
+    o_m = i_m * M + tl.arange(0, M)
+    o_node, o_head = o_m // H, o_m % H
+    o_r, o_e = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
+    m_m = o_node < valid
+    p_rows = p_q + i_b * stride_qb + (o_node * stride_qn + o_head * stride_qh)[:, None] + o_r[None, :]
+    b_q = tl.load(p_rows, mask=m_m[:, None] & (o_r < R)[None, :], other=0.0)
+    p_rows = p_qe + i_b * stride_eb + (o_node * stride_en + o_head * stride_eh)[:, None] + o_e[None, :]
+    b_qe = tl.load(p_rows, mask=m_m[:, None] & (o_e < E)[None, :], other=0.0)
+
+    # The slots that any row can see end before `end`; blocks up to full - 1 are seen by every row. The splits take turns:
+    # so where a split begins depends on no length, and its first pages are known at once.
+    first_node = i_m * M // H
+    o_tree = o_node + earlier  # the rows' nodes in the whole tree; earlier is 0 without one
+    if p_mask is not None:
+        p_mask += i_b * (q_len + earlier) * WORDS
+    end = tl.minimum(kv_len + earlier + tl.minimum((i_m * M + M - 1) // H + 1, valid), max_pages * PAGE)
+    end = tl.where(first_node < valid, end, 0)
+    common = kv_len if p_mask is not None else kv_len + first_node
+    full, blocks = tl.minimum(common, end) // T, tl.cdiv(end, T)
+    i_masked = i_s + tl.cdiv(tl.maximum(full - i_s, 0), SPLITS) * SPLITS
+    capacity = max_pages * PAGE
+
+    b_top = tl.full((M,), -1.0e30, tl.float32)
+    b_sum = tl.zeros((M,), tl.float32)
+    b_acc = tl.zeros((M, BLOCK_R), tl.float32)
+    page_0, page_1, page_2, page_3 = block_pages(p_table, i_s, capacity, T, PAGE)
+    for i_t in range(i_s, full, SPLITS):
+        b_row = row_numbers((page_0, page_1, page_2, page_3), i_t, T, PAGE, IS_WIDE)
+        page_0, page_1, page_2, page_3 = block_pages(p_table, i_t + SPLITS, capacity, T, PAGE)
+        b_c = load_rows(p_pages, b_row, None, o_r, R + E, R)
+        b_e = load_rows(p_pages + R, b_row, None, o_e, R + E, E)
+        b_top, b_sum, b_acc = fold_latents(b_q, b_qe, b_c, b_e, None, b_top, b_sum, b_acc, factor)
+
+    # Not pipelined: it is short, and its buffers would lie beside those of the loop above.
+    for i_t in tl.range(i_masked, blocks, SPLITS, num_stages=1):
+        o_t = i_t * T + tl.arange(0, T)
+        m_t = o_t < end
+        b_row = row_numbers((page_0, page_1, page_2, page_3), i_t, T, PAGE, IS_WIDE)
+        page_0, page_1, page_2, page_3 = block_pages(p_table, i_t + SPLITS, capacity, T, PAGE)
+        if p_mask is not None:
+            m_visible = linked_nodes(p_mask, i_t, kv_len, o_tree, m_m, WORDS, T) | (o_t < kv_len)[None, :]
+        else:
+            m_visible = o_t[None, :] <= (kv_len + o_node)[:, None]
+        m_visible &= m_t[None, :]
+        b_c = load_rows(p_pages, b_row, m_t, o_r, R + E, R)
+        b_e = load_rows(p_pages + R, b_row, m_t, o_e, R + E, E)
+        b_top, b_sum, b_acc = fold_latents(b_q, b_qe, b_c, b_e, m_visible, b_top, b_sum, b_acc, factor)
+
+    b_sum = tl.where(m_m, b_sum, 0.0)
+    b_out = b_acc * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None]
+    o_row = (i_b * q_len + o_node) * H + o_head
+    m_m = o_node < q_len
+    if SPLITS > 1:
+        b_lse = tl.where(b_sum == 0.0, -float("inf"), b_top + tl.log2(b_sum))
+        tl.store(p_lse + o_row * SPLITS + i_s, b_lse, mask=m_m)
+        o_row = o_row * SPLITS + i_s
+        m_m &= b_sum != 0.0
+    p_rows = p_out + o_row[:, None] * R + o_r[None, :]
+    tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_r < R)[None, :])
+
+
+@jit
+def combine_latents(p_part, p_lse, p_out, R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Weigh the splits of C columns of one row (i_r) by their share of the softmax; a row that saw nothing becomes 0."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_s, o_c = tl.arange(0, SPLITS), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_lse = tl.load(p_lse + i_r * SPLITS + o_s)
+    m_s = b_lse > -float("inf")
+    p_rows = p_part + (i_r * SPLITS + o_s)[:, None] * R + o_c[None, :]
+    b_part = tl.load(p_rows, mask=m_s[:, None] & (o_c < R)[None, :], other=0.0)
+    b_weight = tl.where(m_s, tl.exp2(b_lse - tl.maximum(tl.max(b_lse, 0), -1.0e30)), 0.0)
+    total = tl.sum(b_weight, 0)
+    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(p_out + i_r * R + o_c, b_out.to(p_out.dtype.element_ty), mask=o_c < R)
+
+
+def attend_latent_pages(
+    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor, q_lens: Tensor | None,
+    tree_mask: Tensor | None, scale: float, tile: Tile,
+) -> Tensor:
+    """Launch with a given tile; rows past q_lens become 0."""
+    q, qe = rows_of(q_latent), rows_of(q_rope)
+    batch, q_len, heads, kv_lora_rank = q.shape
+    out = q.new_empty(q.shape)
+    if tile.splits == 1:
+        part = lse = out
+    else:
+        part = q.new_empty(batch, q_len, heads, tile.splits, kv_lora_rank, dtype=torch.float32)
+        lse = q.new_empty(batch, q_len, heads, tile.splits, dtype=torch.float32)
+    wrap_triton(attend_latents)[((q_len * heads + tile.rows - 1) // tile.rows * tile.splits, batch)](
+        q, qe, latent_pages, page_table, kv_lens, q_lens, None if tree_mask is None else tree_mask.contiguous(), part, lse,
+        q.stride(0), q.stride(1), q.stride(2), qe.stride(0), qe.stride(1), qe.stride(2), page_table.stride(0),
+        q_len, 0 if tree_mask is None else tree_mask.shape[1] - q_len, page_table.shape[1], scale,
+        H=heads, R=kv_lora_rank, E=qe.shape[3], PAGE=latent_pages.shape[1],
+        WORDS=1 if tree_mask is None else tree_mask.shape[2], SPLITS=tile.splits,
+        IS_WIDE=latent_pages.numel() >= 2**31, M=tile.rows, T=tile.slots,
+        BLOCK_R=max(power_of_2(kv_lora_rank), 16), BLOCK_E=max(power_of_2(qe.shape[3]), 16),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )
+    if tile.splits > 1:
+        columns = min(power_of_2(kv_lora_rank), 128)
+        wrap_triton(combine_latents)[(batch * q_len * heads, (kv_lora_rank + columns - 1) // columns)](
+            part, lse, out, R=kv_lora_rank, SPLITS=tile.splits, BLOCK_C=columns, num_warps=4 if tile.splits >= 16 else 1
+        )
+    return out
+
+
+@paged_mla.implementation("triton", why_not=why_not_triton)
+def paged_mla_triton(
+    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
+    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0,
+) -> Tensor:
+    """Flash attention over the latent pages: a block is read once and serves as keys and values of all heads."""
+    tile = choose_tile(q_latent, latent_pages, page_table)
+    return attend_latent_pages(q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale, tile)
+
+
+def random_case(device: torch.device, batch: int, q_len: int, context: int, is_tree: bool) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """DeepSeek-V3's sizes: 128 heads, 512 + 64, page 64, bfloat16 -> (q_latent, q_rope, latent_pages), the other arguments."""
+    max_pages = (context + q_len + 63) // 64
+    sizes = (batch, q_len, 128, 512), (batch, q_len, 128, 64), (1 + batch * max_pages, 64, 576)
+    floats = tuple(torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes)
+    page_table = (1 + torch.randperm(batch * max_pages, device=device)).reshape(batch, max_pages).int()
+    kv_lens = torch.full((batch,), context, device=device, dtype=torch.int32)
+    tree_mask = None
+    if is_tree:
+        below = torch.arange(1, q_len, device=device)
+        parents = (torch.rand(batch, q_len - 1, device=device) * below).int()
+        tree_mask = tree_tables(torch.nn.functional.pad(parents, (1, 0), value=-1))[0]
+    return floats, (page_table, kv_lens, None, tree_mask, 192**-0.5)
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """128 heads of 512 + 64, bfloat16, page 64; chains, and a random tree of 32; exact is the reference in float64."""
+    for batch, q_len, context, is_tree in (
+        (1, 1, 4096, False), (1, 4, 4096, False), (16, 4, 4096, False), (1, 32, 4096, True), (1, 32, 4096, False),
+    ):
+        floats, rest = random_case(device, batch, q_len, context, is_tree)
+        exact = paged_mla.reference(*(one.double() for one in floats), *rest)
+
+        def mine(floats=floats, rest=rest) -> Tensor:
+            return paged_mla_triton(*floats, *rest)
+
+        def reference(floats=floats, rest=rest) -> Tensor:
+            return paged_mla.reference(*floats, *rest)
+
+        moved = batch * (context + q_len) * 576 * 2 + 2 * floats[0].nbytes + floats[1].nbytes
+        case = f"{batch} x {q_len}{' tree' if is_tree else ''}, {context}"
+        yield measure("paged_mla", case, mine, reference, moved, exact)

@@ -73,6 +73,9 @@ LAUNCHES = {
     "append_rows": ("append_kv", "append_kv_triton", lambda: (
         torch.zeros(2, 8, 3, 80).bfloat16(), torch.zeros(2, 8, 3, 64).bfloat16(), torch.zeros(9, 16, 3, 80).bfloat16(),
         torch.zeros(9, 16, 3, 64).bfloat16(), ints(2, 4), ints(2))),
+    "append_latent_rows": ("append_latent", "append_latent_triton", lambda: (
+        torch.zeros(2, 8, 48).bfloat16(), torch.zeros(2, 8, 16).bfloat16(), torch.zeros(9, 16, 64).bfloat16(), ints(2, 4),
+        ints(2))),
     "move_rows": ("compact_kv", "compact_kv_triton", lambda: (
         [torch.zeros(9, 16, 2, 64) for _ in range(11)], ints(2, 4), ints(2), ints(2, 9), ints(2))),
     "walk_to_root": ("tree_tables", "tree_tables_triton", lambda: (ints(2, 70),)),
@@ -143,6 +146,27 @@ def test_paged_attention_compiles(monkeypatch, name):
         case["softcap"], extras,
     )
     assert kernels[0] == "attend_split"
+
+
+LATENT: dict[str, dict[str, Any]] = {
+    "chain": {}, "tree": {"q_len": 32, "has_tree": True}, "256 + 32, page 16": {"rank": 256, "rope": 32, "page": 16},
+    "float32": {"dtype": torch.float32},
+}
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_paged_mla_compiles(monkeypatch, name):
+    """DeepSeek-V3's attention: 128 heads; 512 + 64 elements of 64 slots, twice, beside the queries."""
+    case: dict[str, Any] = {"batch": 1, "q_len": 4, "rank": 512, "rope": 64, "page": 64, "dtype": torch.bfloat16, "has_tree": False}
+    case |= LATENT[name]
+    batch, q_len, rank, rope, dtype = (case[key] for key in ("batch", "q_len", "rank", "rope", "dtype"))
+    kernels = compile_call(
+        monkeypatch, "paged_mla", "paged_mla_triton",
+        torch.zeros(batch, q_len, 128, rank, dtype=dtype), torch.zeros(batch, q_len, 128, rope, dtype=dtype),
+        torch.zeros(3, case["page"], rank + rope, dtype=dtype), ints(batch, 64), ints(batch), None,
+        ints(batch, q_len, 1) if case["has_tree"] else None, 0.1,
+    )
+    assert kernels[0] == "attend_latents"
 
 
 def test_a_kernel_that_cannot_be_compiled_is_caught(monkeypatch):

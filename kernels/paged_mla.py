@@ -240,7 +240,9 @@ def paged_mla_triton(
     return attend_latent_pages(q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale, tile)
 
 
-def random_case(device: torch.device, batch: int, q_len: int, context: int, is_tree: bool) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+def random_case(
+    device: torch.device, batch: int, q_len: int, context: int, is_tree: bool
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """DeepSeek-V3's sizes: 128 heads, 512 + 64, page 64, bfloat16 -> (q_latent, q_rope, latent_pages), the other arguments."""
     max_pages = (context + q_len + 63) // 64
     sizes = (batch, q_len, 128, 512), (batch, q_len, 128, 64), (1 + batch * max_pages, 64, 576)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autospec import capture_experts
 from autospec.errors import CaptureError
 from autospec.ir.match import argument, aten, calls, is_call
 from autospec.ir.sizes import constants_of, why_not_sizes_only
@@ -123,10 +124,11 @@ def _register() -> None:
 
     ALL_ATTENTION_FUNCTIONS.register(INTERFACE, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(INTERFACE, _mask)
+    capture_experts.register()
 
 
 @contextlib.contextmanager
-def through_interfaces(model: Any, experts: str = "grouped_mm") -> Iterator[bool]:
+def through_interfaces(model: Any, experts: str = capture_experts.INTERFACE) -> Iterator[bool]:
     """Route attention, masks and experts of `model` through autospec; yields whether attention goes there.
 
     On exit every configuration is as it was.

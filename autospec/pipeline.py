@@ -39,6 +39,7 @@ from autospec.passes.propose_draft import ProposeNgram, ProposeNothing
 from autospec.passes.recognize_attention import RecognizeAttention
 from autospec.passes.recognize_mla import RecognizeMla
 from autospec.passes.select_kernels import SelectKernels
+from autospec.passes.spare_experts import SpareExperts
 from autospec.passes.specialize_shapes import SpecializeShapes
 from autospec.passes.synthesize_acceptance import SynthesizeAcceptance
 from autospec.passes.tag_roles import TagRoles
@@ -130,7 +131,7 @@ def draft_catch_up(shape: Shape, layer_idx_offset: int) -> list[Stage]:
     return [
         *specialise(shape, rows, is_length_given=True),
         Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset),
-                            GatherLogits(given_for=shape.batch_size)]),
+                            GatherLogits(given_for=shape.batch_size), spare(shape, rows)]),
     ]  # fmt: skip
 
 
@@ -158,8 +159,13 @@ def head_catch_up(shape: Shape, rows: int, layer_idx_offset: int) -> list[Stage]
     return [
         *specialise(shape, rows, is_length_given=True),
         Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset),
-                            GatherLogits(given_for=shape.batch_size)]),
+                            GatherLogits(given_for=shape.batch_size), spare(shape, rows)]),
     ]  # fmt: skip
+
+
+def spare(shape: Shape, q_len: int) -> SpareExperts:
+    """Routing of what holds no token, in a graph of `q_len` rows per request."""
+    return SpareExperts(batch_size=shape.batch_size, q_len=q_len, max_nodes=shape.tree.num_nodes)
 
 
 def medusa_heads(shape: Shape) -> list[Stage]:
@@ -184,6 +190,7 @@ def prefill(shape: Shape, facts: ModelFacts, speculation: Speculation, draft: Dr
             *taps(draft),
             FeedPrompt(batch_size=shape.batch_size, q_len=shape.prefill_len, token_room=shape.token_room,
                        max_position=facts.max_positions),
+            spare(shape, shape.prefill_len),
             GatherLogits(),
             CommitPrompt(sizes=sizes),
         ]),
@@ -211,6 +218,7 @@ def step(
             WidenDecode(batch_size=shape.batch_size, next_n=next_n, max_nodes=tree.num_nodes,
                         max_position=facts.max_positions),
             *masked,
+            spare(shape, next_n),
             VerifyDraft(sizes=sizes, draft_len=draft_len),
             *([SynthesizeAcceptance(sizes=sizes, rates=acceptance)] if acceptance else []),
         ]),

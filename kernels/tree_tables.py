@@ -43,6 +43,18 @@ def tree_tables(tree_parents: Tensor) -> tuple[Tensor, Tensor]:
     return packed.to(torch.int32), (visible.sum(-1) - 1).to(torch.int32)
 
 
+@kernel_op()
+def present_nodes(tree_parents: Tensor, finished: Tensor) -> Tensor:
+    """tree_parents [B, N] int32, finished [B] bool -> [B, N] bool: nodes that hang from the root of a live request."""
+    return ancestors(tree_parents)[:, :, 0] & ~finished[:, None]
+
+
+@kernel_op()
+def present_rows(q_lens: Tensor, q_len: int) -> Tensor:
+    """q_lens [B] int32 -> [B, q_len] bool: the valid rows of every request."""
+    return torch.arange(q_len, device=q_lens.device)[None, :] < q_lens[:, None]
+
+
 # B requests (i_b), N nodes (o_n), W words of a mask row (o_w). Every node of a block walks to the root at once: as many
 # dependent loads as the tree is deep, where the reference makes N steps.
 @jit

@@ -78,6 +78,9 @@ LAUNCHES = {
         ints(2))),
     "move_rows": ("compact_kv", "compact_kv_triton", lambda: (
         [torch.zeros(9, 16, 2, 64) for _ in range(11)], ints(2, 4), ints(2), ints(2, 9), ints(2))),
+    "multiply_experts": ("experts", "experts_triton", lambda: (
+        torch.zeros(8, 7168).bfloat16(), ints(8, 8, dtype=LONG), torch.zeros(8, 8), torch.zeros(1, 4096, 7168).bfloat16(),
+        torch.zeros(1, 7168, 2048).bfloat16(), "silu")),
     "walk_to_root": ("tree_tables", "tree_tables_triton", lambda: (ints(2, 70),)),
     "follow_target": ("accept_tree", "accept_tree_triton", lambda: (
         ints(2, 60, dtype=LONG), ints(2, 60, dtype=LONG), ints(2, 60), 7)),

@@ -56,6 +56,8 @@ ARGUMENTS = {
     "latent_pages": lambda: torch.randn(1 + B * PAGES, P, 12), "q_latent": lambda: torch.randn(B, N, HQ, 8),
     "q_rope": lambda: torch.randn(B, N, HQ, 4), "q_nope": lambda: torch.randn(B, HQ, N, 5),
     "w_uk": lambda: torch.randn(HQ, 5, 8), "w_uv": lambda: torch.randn(HQ, 6, 8),
+    "top_k_index": lambda: torch.tensor([[0, 2], [1, 3], [3, 4], [2, 1], [-1, 0], [2, 3]]), "activation": lambda: "silu",
+    "top_k_weights": lambda: torch.rand(6, 2), "gate_up": lambda: torch.randn(4, 6, 7), "down": lambda: torch.randn(4, 7, 3),
     "sinks": lambda: torch.randn(HQ), "scale": lambda: 0.3, "window": lambda: 6, "chunk": lambda: 4,
     "softcap": lambda: 5.0,
     "alibi_slopes": lambda: torch.linspace(0.1, 0.5, HQ),
@@ -91,6 +93,7 @@ SPECIAL = {
         for name in ("fused_linear", "fused_linear_normed")
     },
     "grouped_mm": {"weight": lambda: torch.randn(3, 7, 6)},
+    "experts": {"x": lambda: torch.randn(6, 7)},
     "latent_attention": {"q_rope": lambda: torch.randn(B, HQ, N, 4)},
     "commit_prompt": {
         "target_tokens": lambda: integers(V, B, 1), "kv_lens": lambda: torch.tensor([1, 3], dtype=torch.int32)

@@ -16,6 +16,7 @@ from torch import Tensor
 from autospec.api import Limits, OptimizedModel
 from autospec.assemble import capture_model
 from autospec.config import DraftTargetConfig, NGramConfig, Speculation
+from autospec.ir.match import aten, calls, is_call
 from autospec.program import CapturedModel, state_bytes
 from autospec.tiny_models import lively_model
 from autospec.zoo import reference_tokens
@@ -74,6 +75,18 @@ def test_text_is_that_of_transformers(family: str) -> None:
     assert fast.metrics.mean_acceptance_length > 2.5, "a draft equal to the target is accepted along its first branch"
     assert torch.equal(sampled, optimized(family, "plain").generate(prompts, **warm))
     assert not torch.equal(sampled[:, max(PROMPT_LENS) :], expected)
+
+
+@pytest.mark.xdist_group("latent deepseek_v3")
+def test_experts_are_one_op_per_layer_and_spare_what_is_absent() -> None:
+    fast = optimized("deepseek_v3", "tree")
+    fast.generate([[5, 6, 7]], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    for graph in fast.program.graphs.values():
+        found = list(calls(graph.module, torch.ops.autospec_cpu.experts.default))
+        assert found, f"{graph.name} has no experts"
+        spared = [node for node in found if is_call(node.args[1], aten.masked_fill)]
+        target_layers = [node for node in found if not node.meta["module"].startswith("draft")]
+        assert set(target_layers) <= set(spared)
 
 
 @BOTH

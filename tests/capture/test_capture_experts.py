@@ -1,0 +1,48 @@
+"""Experts of transformers become the canonical op where it means the same; the others say why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from autospec.capture_experts import experts_forward, why_not_canonical
+
+
+def made(kind, model_type, **config):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        config = CONFIG_MAPPING[model_type](hidden_size=8, intermediate_size=8, num_local_experts=5, **config)
+        config._experts_implementation_internal = "eager"
+        module = kind(config).requires_grad_(False)
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return module
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu", "relu"])
+def test_the_op_is_the_module(activation):
+    module = made(MixtralExperts, "mixtral", hidden_act=activation)
+    assert why_not_canonical(module) is None
+    x, weights = torch.randn(7, 8), torch.rand(7, 2)
+    index = torch.rand(7, 5).topk(2).indices
+    torch.testing.assert_close(experts_forward(module, x, index, weights), module(x, index, weights), rtol=1e-5, atol=1e-5)
+
+
+def test_other_layouts_say_why_not():
+    assert why_not_canonical(made(GptOssExperts, "gpt_oss")) == "has_bias is True"
+    assert "ReLUSquared" in str(why_not_canonical(made(MixtralExperts, "mixtral", hidden_act="relu2")))
+    module = made(MixtralExperts, "mixtral")
+    module._is_expert_parallel = True
+    assert why_not_canonical(module) == "is_expert_parallel is True"
+    gated = type("Gated", (MixtralExperts,), {"_apply_gate": lambda self, x: x})
+    assert why_not_canonical(made(gated, "mixtral")) == "it has a gate of its own"
+
+
+def test_what_the_op_cannot_do_is_exported_as_before():
+    module = made(MixtralExperts, "mixtral", hidden_act="relu2")
+    x, weights = torch.randn(4, 8), torch.rand(4, 2)
+    index = torch.rand(4, 5).topk(2).indices
+    torch.testing.assert_close(experts_forward(module, x, index, weights), module(x, index, weights), rtol=1e-5, atol=1e-5)

@@ -56,7 +56,7 @@ ARGUMENTS = {
     "latent_pages": lambda: torch.randn(1 + B * PAGES, P, 12), "q_latent": lambda: torch.randn(B, N, HQ, 8),
     "q_rope": lambda: torch.randn(B, N, HQ, 4), "q_nope": lambda: torch.randn(B, HQ, N, 5),
     "w_uk": lambda: torch.randn(HQ, 5, 8), "w_uv": lambda: torch.randn(HQ, 6, 8),
-    "top_k_index": lambda: torch.tensor([[0, 2], [1, 3], [3, 4], [2, 1], [-1, 0], [2, 3]]), "activation": lambda: "silu",
+    "top_k_index": lambda: torch.tensor([[0, 2], [1, 3], [3, 4], [2, 1], [-1, 0], [2, 3]]),
     "top_k_weights": lambda: torch.rand(6, 2), "gate_up": lambda: torch.randn(4, 6, 7), "down": lambda: torch.randn(4, 7, 3),
     "sinks": lambda: torch.randn(HQ), "scale": lambda: 0.3, "window": lambda: 6, "chunk": lambda: 4,
     "softcap": lambda: 5.0,

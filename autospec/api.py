@@ -359,6 +359,10 @@ def export(
     Raises:
         ArtifactError: the folder cannot be written; and what `optimize` raises.
     """
+    if meta:
+        from autospec.loading import model_on_meta, resolve
+
+        model, checkpoint = model_on_meta(model), checkpoint or resolve(str(model))
     fast = optimize(model, speculation, compile="eager", page_size=page_size, passes=passes)
     fast.show_progress = progress
     return fast.save(

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from autospec import debug, pipeline
 from autospec.capture import export_model
 from autospec.config import Speculation
+from autospec.hollow import is_model_hollow
 from autospec.ir.match import calls
 from autospec.ir.passes import PassRecord
 from autospec.ir.runner import run_stages
@@ -44,6 +45,9 @@ def capture_model(model: Any, name: str = "target") -> CapturedModel:
     if why:
         told = f"limited to {limit} positions: {why}"
         records.append(PassRecord(f"{name}.capture", "capture", "limit-positions", 0, (), (told,), 0, 0, 0.0))
+    if is_model_hollow(model):
+        told = "the model is on meta: its graph was not compared with it, nor probed"
+        records.append(PassRecord(f"{name}.capture", "capture", "check-numbers", 0, (), (told,), 0, 0, 0.0))
     weights = exported.weights | constants_of(exported.graph)
     used = {slot.name for slot in slots(exported.graph)}
     weights = {name: tensor for name, tensor in weights.items() if name in used}

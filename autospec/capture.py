@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from autospec import capture_experts
 from autospec.errors import CaptureError
+from autospec.hollow import is_hollow, is_model_hollow, without_numbers
 from autospec.ir.match import argument, aten, calls, is_call
 from autospec.ir.sizes import constants_of, why_not_sizes_only
 from autospec.ir.slots import Slot, assign_slot, find_slot
@@ -365,15 +366,16 @@ def export_model(model: Any) -> Exported:
             if switch is not None:
                 limits.append((switch, "the rotary frequencies change past them, which would rewrite the cache"))
             limit = min(positions for positions, _ in limits)
-            _recorder = recorded = _Recorder(limit)
-            wrapped(*inputs)
-            _recorder = again = _Recorder(limit)
-            is_read = _reads(wrapped, reserved_tokens(model, EXAMPLE_SHAPE), inputs[1])
+            with without_numbers(model):
+                _recorder = recorded = _Recorder(limit)
+                wrapped(*inputs)
+                _recorder = again = _Recorder(limit)
+                is_read = _reads(wrapped, reserved_tokens(model, EXAMPLE_SHAPE), inputs[1])
             if is_read and (recorded.specs, recorded.attention_calls) != (again.specs, again.attention_calls):
                 raise CaptureError("the attention masks depend on which tokens are read", where=name,
                                    help="a mask made of data cannot be decoded step by step")  # fmt: skip
             count = recorded.attention_calls
-            if count:
+            if count and not is_model_hollow(model):
                 _recorder = _Recorder(limit, is_token_local=True)
                 probe_token_mixing(name, wrapped, inputs, special_tokens(model))
             _recorder = recorded
@@ -497,6 +499,9 @@ def with_slots(
             tensor = constants_of(module)[short] = tensor.clone()
         weights[short] = tensor
         assign_slot(node, Slot("weight", short, tuple(tensor.shape), tensor.dtype))
+        if is_hollow(tensor):
+            with node.meta["val"].fake_mode:
+                node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype)
     _drop_checks(module)
     _own_ops(module)
     module.graph.eliminate_dead_code()

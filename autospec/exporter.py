@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from autospec.artifact.weights import FILE, Checkpoint, Layout, layout_of, missi
 from autospec.assemble import Draft, build_graphs
 from autospec.config import Speculation
 from autospec.errors import OptionError
+from autospec.hollow import names_of, on_meta
 from autospec.ir.archive import write_graph
 from autospec.ir.slots import Slot, slots
 from autospec.lower import Unlowered
@@ -77,17 +78,20 @@ def export_to(
             if compile == "aot":
                 described["aot"] = package(folder, f"aot/{label(shape)}", unlowered)
             programs.append(described)
-        source = None if checkpoint is None else Checkpoint(checkpoint)
-        layout = layout_of(weights, has=source.has if source else lambda name: False)
+        names = {name: names_of(tensor) for name, tensor in weights.items()}
+        source = None if checkpoint is None else Checkpoint(checkpoint, names)
+        layout = layout_of(on_meta(weights), has=source.has if source else lambda name: False)
         write_weights(folder / FILE, layout, source.read if source else None)
         _write_explain(folder, what, records)
         packaged = describe(folder, what.target.facts.device) if compile == "aot" else None
         _write_tokenizer(folder / TOKENIZER, what.sources.get("target", ""))
-        write_manifest(folder, {**_manifest(what, programs, layout), "aot": packaged})
+        write_manifest(folder, {**_manifest(what, programs, layout, names), "aot": packaged})
     return Path(directory)
 
 
-def _manifest(what: Exported, programs: list[dict[str, Any]], layout: Layout) -> dict[str, Any]:
+def _manifest(
+    what: Exported, programs: list[dict[str, Any]], layout: Layout, names: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     described: dict[str, Any] = {"target": what.target, "draft": what.draft}
     models = {
         role: {"source": what.sources.get(role, ""), "facts": to_json(model.facts)}
@@ -104,7 +108,7 @@ def _manifest(what: Exported, programs: list[dict[str, Any]], layout: Layout) ->
         "speculation": {"kind": type(chosen).__name__ if chosen is not None else None, "options": options},
         "generation_defaults": to_json({key: value for key, value in what.defaults.items() if value is not None}),
         "left_out": sorted(what.left_out),
-        "weights": {"file": FILE, "aliases": layout.aliases, "missing": missing_as_json(layout)},
+        "weights": {"file": FILE, "aliases": layout.aliases, "missing": missing_as_json(layout, names)},
         "programs": programs,
     }
 
@@ -133,7 +137,7 @@ def _merge(weights: dict[str, Tensor], unlowered: Unlowered) -> None:
     for name in needed(slot for module in unlowered.graphs.values() for slot in slots(module)):
         tensor = unlowered.weights[name]
         known = weights.setdefault(name, tensor)
-        same = known is tensor or known.is_meta or torch.equal(known, tensor)
+        same = known is tensor or torch.equal(known, tensor)
         assert same, f"two shapes have different constants called {name}"
 
 

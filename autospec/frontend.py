@@ -10,6 +10,7 @@ from autospec.assemble import Draft, capture_model
 from autospec.capture_head import capture_head
 from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, Speculation
 from autospec.errors import CapacityError
+from autospec.hollow import filled
 from autospec.loading import check_causal_lm, check_children, check_draft, check_head, draft_layers, load_draft_head, load_model
 from autospec.program import CapturedModel
 
@@ -33,6 +34,11 @@ def capture_all(model: Any, speculation: Speculation, max_length: int | None = N
     """Capture a target and the draft of a configuration; `max_length` must fit the target."""
     module = load_model(model, "model")
     check_causal_lm(module)
+    with filled(module):
+        return _capture(module, speculation, max_length)
+
+
+def _capture(module: Any, speculation: Speculation, max_length: int | None) -> Captured:
     target = capture_model(module)
     if max_length is not None and max_length > target.facts.max_positions:
         raise CapacityError(

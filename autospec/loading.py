@@ -13,6 +13,7 @@ from autospec.capture import text_config
 from autospec.config import Eagle3Config, MedusaConfig, Ranking
 from autospec.errors import CaptureError, CheckpointError, OptionError
 from autospec.heads.checkpoint import load_head
+from autospec.hollow import parameters_on_meta
 from autospec.model_zoo.bundled import resolve
 from autospec.program import CapturedHead
 
@@ -68,6 +69,23 @@ def load_model(model: Any, option: str, like: Any = None) -> Any:
             at=str(model), where=option, help="random weights would have taken their place; check the files",
         )  # fmt: skip
     return loaded.eval()
+
+
+def model_on_meta(path: Any) -> Any:
+    """A causal LM of a folder's configuration, without weights."""
+    if not isinstance(path, (str, Path)) or not (Path(resolve(str(path))) / "config.json").is_file():
+        raise OptionError("meta=True takes a folder with a config.json and safetensors", at=f"model={path!r:.60}",
+                          where="autospec.export", help="download the model, or load it")  # fmt: skip
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    folder = resolve(str(path))
+    config = AutoConfig.from_pretrained(folder)
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+    with contextlib.suppress(OSError):  # few models have none
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config._name_or_path = folder
+    return model.eval()
 
 
 def check_causal_lm(model: Any) -> None:

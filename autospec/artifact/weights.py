@@ -7,7 +7,7 @@ on `meta`) is described, and read from a checkpoint when the artifact is loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,17 +50,18 @@ def layout_of(weights: Mapping[str, Tensor], has: Callable[[str], bool] = lambda
         has: whether a tensor on `meta` can be read from elsewhere under this name.
     """
     layout, by_storage = Layout(), dict[tuple[Any, ...], str]()
-    for name, tensor in sorted(weights.items()):
-        if tensor.is_meta and not has(name):
-            layout.missing[name] = (tuple(tensor.shape), tensor.dtype)
-            continue
-        where = tensor.untyped_storage()
-        key = (where.data_ptr() or id(where._cdata), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        if not tensor.is_meta and tensor.numel() and key in by_storage:
+    # Of several names, the one that a checkpoint knows comes first.
+    for name, tensor in sorted(weights.items(), key=lambda item: (item[1].is_meta and not has(item[0]), item[0])):
+        place = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+        key = (place, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in by_storage:
             layout.aliases[name] = by_storage[key]
             continue
         by_storage[key] = name
-        layout.stored[name] = tensor
+        if tensor.is_meta and not has(name):
+            layout.missing[name] = (tuple(tensor.shape), tensor.dtype)
+        else:
+            layout.stored[name] = tensor
     return layout
 
 
@@ -102,8 +103,9 @@ class StoredWeights(Mapping[str, Tensor]):
         self._device, self._aliases = device, dict(aliases)
         self._file = open_safetensors(path)
         self._names = set(self._file.keys())
-        self._missing = {name: (tuple(shape), dtype_of(dtype)) for name, (shape, dtype) in missing.items()}
-        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
+        self._missing = {name: (tuple(shape), dtype_of(dtype)) for name, (shape, dtype, _) in missing.items()}
+        names = {name: tuple(map(str, known)) for name, (_, _, known) in missing.items()}
+        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, names)
         if self._missing and self._checkpoint is None:
             name = next(iter(self._missing))
             raise CheckpointError(f"the artifact holds graphs only: {len(self._missing)} weights are named, not stored",
@@ -130,10 +132,14 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 class Checkpoint:
-    """The safetensors files of a Hugging Face folder, by tensor name."""
+    """The safetensors files of a Hugging Face folder, by tensor name.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    Args:
+        names: other names that the checkpoint may use for a weight.
+    """
+
+    def __init__(self, folder: str | Path, names: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.folder, self._names = Path(folder), dict(names or {})
         paths = sorted(self.folder.glob("*.safetensors"))
         if not paths:
             raise CheckpointError("the folder holds no safetensors", at=str(folder), where="weights",
@@ -154,7 +160,8 @@ class Checkpoint:
 
     def _key(self, name: str) -> str | None:
         """Base models are stored with and without their prefix."""
-        return next((key for key in (name, name.removeprefix("model.")) if key in self._where), None)
+        known = (name, *self._names.get(name, ()))
+        return next((key for one in known for key in (one, one.removeprefix("model.")) if key in self._where), None)
 
 
 def open_safetensors(path: Path) -> Any:
@@ -165,8 +172,11 @@ def open_safetensors(path: Path) -> Any:
                               help="a truncated or corrupt file must be written again") from None  # fmt: skip
 
 
-def missing_as_json(layout: Layout) -> dict[str, Any]:
-    return {name: [list(shape), dtype_name(dtype)] for name, (shape, dtype) in layout.missing.items()}
+def missing_as_json(layout: Layout, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Shape, dtype and a checkpoint's names of each weight that is not stored."""
+    return {
+        name: [list(shape), dtype_name(dtype), list(names.get(name, ()))] for name, (shape, dtype) in layout.missing.items()
+    }
 
 
 def needed(slots: Iterable[Any]) -> set[str]:

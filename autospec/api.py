@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +178,12 @@ class OptimizedModel:
         sampling = any(request.sampling.needs_scores for request in requests)
         rows = self._rows_at_once(len(requests), longest, sampling)
         # Nothing was touched until here: a refused call leaves the model as it was.
-        waves = [requests[first : first + rows] for first in range(0, len(requests), rows)]
         self.metrics = Metrics()
         try:
             if streamer is not None:
                 streamer.put(ids.cpu())
-            for wave in waves:
-                session = self._session(len(wave), longest, sampling)
-                session.run(wave, asked.eos_ids, self.metrics, _stream_to(streamer))
+            session = self._session(rows, longest, sampling)
+            session.run(requests, asked.eos_ids, self.metrics, _stream_to(streamer))
         finally:
             if streamer is not None:
                 streamer.end()
@@ -213,7 +211,7 @@ class OptimizedModel:
         def missing(rows: int, share: float) -> int:
             """Bytes that a program for this many rows lacks; none if it is there already."""
             shape = self._shape(rows, longest, sampling)
-            if shape in self._sessions:
+            if self._built(shape) is not None:
                 return 0
             needed = state_bytes(self.target, self.draft, shape)
             return max(0, needed - int(share * _free_bytes(self.target.facts.device)))
@@ -237,8 +235,21 @@ class OptimizedModel:
     def _shape(self, rows: int, longest: int, sampling: bool) -> Shape:
         return shape_for(self.target.facts, self.limits, self.speculation, next_power_of_two(rows), longest, sampling)
 
+    def _built(self, shape: Shape) -> Shape | None:
+        """The shape of a program that is there and does for this one: the same but for at most twice the rows; on a
+        GPU, where idle rows cost little and compiling a minute, any number up to a limit that the user fixed."""
+        most = 2 * shape.batch_size
+        if self.target.facts.device.type == "cuda":
+            most = max(most, self.limits.max_batch_size or 0)
+        wide_enough = [
+            built for built in self._sessions
+            if replace(built, batch_size=shape.batch_size) == shape and shape.batch_size <= built.batch_size <= most
+        ]  # fmt: skip
+        return min(wide_enough, key=lambda built: built.batch_size, default=None)
+
     def _session(self, rows: int, longest: int, sampling: bool) -> Session:
         shape = self._shape(rows, longest, sampling)
+        shape = self._built(shape) or shape
         session = self._sessions.pop(shape, None)
         if session is None:
             program = self._build(shape)
@@ -297,7 +308,7 @@ def optimize(
         speculation: "auto" (n-gram drafts whose length follows the measured acceptance), "ngram", None (plain
             decoding), or a configuration such as NGramConfig or DraftTargetConfig.
         compile: "inductor", or "eager" for the same graphs uncompiled.
-        max_batch_size: rows at once; more prompts run in waves. None: as many as are asked for and fit.
+        max_batch_size: rows at once; of more prompts, each waits for a row that has ended. None: as many as are asked for and fit.
         max_length: tokens per row, prompt and output together. None: grows in powers of two.
         page_size: cache rows per page.
         passes: optional passes to leave out, written "-name", such as ["-fuse-linears"]; None runs all.

@@ -40,6 +40,7 @@ from autospec.passes.recognize_attention import RecognizeAttention
 from autospec.passes.recognize_mla import RecognizeMla
 from autospec.passes.select_kernels import SelectKernels
 from autospec.passes.spare_experts import SpareExperts
+from autospec.passes.spare_decoding_rows import SpareDecodingRows
 from autospec.passes.specialize_shapes import SpecializeShapes
 from autospec.passes.synthesize_acceptance import SynthesizeAcceptance
 from autospec.passes.tag_roles import TagRoles
@@ -194,7 +195,7 @@ def prefill(shape: Shape, facts: ModelFacts, speculation: Speculation, draft: Dr
             GatherLogits(),
             CommitPrompt(sizes=sizes),
         ]),
-        Stage("speculate", drafter(shape, facts, speculation, draft, is_prefill=True)),
+        Stage("speculate", [*drafter(shape, facts, speculation, draft, is_prefill=True), SpareDecodingRows()]),
         *finish(),
     ]  # fmt: skip
 

@@ -24,6 +24,15 @@ def prompt_chunk(tokens: Tensor, kv_lens: Tensor, prompt_lens: Tensor, q_len: in
 
 
 @kernel_op()
+def prompt_pages(page_table: Tensor, q_lens: Tensor) -> Tensor:
+    """The page table of a prefill call, [B, max_pages] int32: rows that read no prompt (q_lens [B] int32 is 0) own no page.
+
+    What the call computes for them goes to the scratch page, so their caches stay as they are, bit for bit.
+    """
+    return torch.where(q_lens[:, None] > 0, page_table, 0)
+
+
+@kernel_op()
 def last_rows(hidden: Tensor, q_lens: Tensor) -> Tensor:
     """hidden [B, N, ...], q_lens [B] -> [B, 1, ...]: the last valid row of each request (row 0 where there is none)."""
     row = (q_lens.long() - 1).clamp(min=0)
@@ -71,10 +80,10 @@ def commit_step(
 ) -> Tensor:
     """Emit accepted path and bonus token of every live request, cut at the first eos and at its limit.
 
-    tokens [B, T] int64; kv_lens [B] int32; finished [B] bool; accept_counts [>= L+1] int64: live rows seen, then rows
-    that accepted at least d tokens (counted before the cut); prompt_lens, limits [B] int32: length at which a request
-    ends; eos_ids [E] int64; draft_tokens int64, tree_parents int32 [B, >= N], the widest step's; accept_length [B],
-    accept_path [B, L+1] int32; bonus_token [B]. -> emitted [B, L+1] int64, -1 padded.
+    tokens [B, T] int64; kv_lens [B] int32; finished [B] bool; accept_counts [B, >= L+1] int64: steps in which the row
+    was live, then those that accepted at least d tokens (counted before the cut); prompt_lens, limits [B] int32: length
+    at which a request ends; eos_ids [E] int64; draft_tokens int64, tree_parents int32 [B, >= N], the widest step's;
+    accept_length [B], accept_path [B, L+1] int32; bonus_token [B]. -> emitted [B, L+1] int64, -1 padded.
     Where the draft is a chain longer than this step verified, its next token is compared with the bonus token and
     counted at depth L + 1. Mutates tokens, kv_lens, finished, accept_counts.
     """
@@ -94,11 +103,10 @@ def commit_step(
     slot = kv_lens.long()[:, None] + 1 + index
     tokens.copy_(tokens.scatter(1, slot, torch.where(valid, run, tokens.gather(1, slot))))
     reached = torch.cat([live[:, None], (accept_length[:, None] >= index[:, 1:]) & live[:, None]], 1)
-    if steps < accept_counts.shape[0]:
+    if steps < accept_counts.shape[1]:
         is_next = (tree_parents[:, steps] == steps - 1) & (draft_tokens[:, steps] == bonus_token)
         reached = torch.cat([reached, (is_next & live & (accept_length == steps - 1))[:, None]], 1)
-    totals = torch.nn.functional.pad(reached.sum(0), (0, accept_counts.shape[0] - reached.shape[1]))
-    accept_counts.copy_(accept_counts + totals)
+    accept_counts.copy_(accept_counts + torch.nn.functional.pad(reached, (0, accept_counts.shape[1] - reached.shape[1])))
     ended = (first_eos < count) | (kv_lens.long() + 1 + count >= limits.long())
     finished.copy_(finished | (live & ended))
     kv_lens.copy_(kv_lens + count.to(kv_lens.dtype))
@@ -159,16 +167,16 @@ def count_ranks(
 ) -> None:
     """Before a commit: count the draft nodes that live rows verified, and the accepted ones by rank among siblings.
 
-    rank_counts [R+1] int64: nodes verified, then accepted nodes of rank 0, 1, ... (the last takes all beyond); kv_lens,
-    prompt_lens [B] int32, finished [B] bool; tree_parents [B, N], accept_path [B, L+1] int32. Mutates rank_counts.
+    rank_counts [B, R+1] int64: nodes verified, then accepted nodes of rank 0, 1, ... (the last takes all beyond);
+    kv_lens, prompt_lens [B] int32, finished [B] bool; tree_parents [B, N], accept_path [B, L+1] int32. Mutates rank_counts.
     """
     live = ~finished & (kv_lens >= prompt_lens)
     node = torch.arange(tree_parents.shape[1], device=tree_parents.device)
     is_sibling = (tree_parents[:, :, None] == tree_parents[:, None, :]) & (node[None, :] < node[:, None])[None]
-    rank = is_sibling.sum(2).clamp(max=rank_counts.shape[0] - 2)
+    rank = is_sibling.sum(2).clamp(max=rank_counts.shape[1] - 2)
     accepted = accept_path[:, 1:]
     rank = torch.where((accepted > 0) & live[:, None], rank.gather(1, accepted.long().clamp(min=0)), -1)
-    buckets = torch.arange(rank_counts.shape[0] - 1, device=rank.device)
-    by_rank = (rank[:, :, None] == buckets).sum((0, 1))
-    verified = ((tree_parents >= 0) & live[:, None]).sum()
-    rank_counts.copy_(rank_counts + torch.cat([verified[None], by_rank]))
+    buckets = torch.arange(rank_counts.shape[1] - 1, device=rank.device)
+    by_rank = (rank[:, :, None] == buckets).sum(1)
+    verified = ((tree_parents >= 0) & live[:, None]).sum(1, keepdim=True)
+    rank_counts.copy_(rank_counts + torch.cat([verified, by_rank], 1))

@@ -68,7 +68,10 @@ class AttachDraftModel(Pass):
         def level(nodes: Frontier) -> fx.Node:
             return self._level(builder, committed, nodes)
 
-        Grower(builder, self.sizes, self.draft_temperature).grow(logits, level)
+        is_new = None
+        if self.prefill is not None:  # rows that decode already keep their draft
+            is_new = builder.call(aten.gt.Scalar, the(module, "q_lens"), 0)
+        Grower(builder, self.sizes, self.draft_temperature, is_new=is_new).grow(logits, level)
         notes.say(f"{self.sizes.tree}: a pass of {rows} rows, then {self.sizes.tree.max_draft_len - 1} by level")
         return 1
 

@@ -63,9 +63,9 @@ class VerifyDraft(Pass):
             pages = [node for node in module.graph.find_nodes(op="placeholder") if is_pages(slot_of(node))]
             page_table = find_slot(module, "page_table")
             builder.call(compact_kv, pages, page_table, kv_lens, path, length)
-            ranks = builder.state("rank_counts", (RANKS + 1,), torch.int64)
+            ranks = builder.state("rank_counts", (self.sizes.batch_size, RANKS + 1), torch.int64)
             builder.call(count_ranks, ranks, kv_lens, prompt_lens, finished, tree_parents, path)
-        counts = builder.state("accept_counts", (tree.max_draft_len + 1,), torch.int64)
+        counts = builder.state("accept_counts", (self.sizes.batch_size, tree.max_draft_len + 1), torch.int64)
         emitted = builder.call(
             commit_step, tokens, kv_lens, finished, counts, prompt_lens, limits, eos_ids, all_tokens, all_parents,
             length, path, bonus,

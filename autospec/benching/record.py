@@ -86,7 +86,8 @@ def _recording(session: Session, draft_len: int, run: Callable[[], object], step
         result = run()
         assert isinstance(result, (tuple, list)), "a step returns what it emitted first"
         emitted = tuple(token for token in result[0][0].tolist() if token >= 0)
-        steps.append(Step(tokens, parents, emitted, first, draft_len))
+        if emitted:  # a row that has ended may be launched once more
+            steps.append(Step(tokens, parents, emitted, first, draft_len))
         return result
 
     return step

@@ -11,7 +11,7 @@ class Metrics:
 
     Args:
         prompt_tokens, new_tokens: of all rows together.
-        steps: graph launches after prefill, by draft length.
+        steps: graph launches after prefill in which any row was live, by draft length.
         row_steps: (row, step) pairs that verified a draft of any length; plain steps are not counted.
         reached: reached[d] = row_steps in which at least d + 1 draft tokens were accepted, before any cut.
         nodes_verified: draft nodes of trees that were verified in counted rows, absent ones excluded.
@@ -51,7 +51,7 @@ class Metrics:
         return [count / total for count in self.rank_counts] if total else []
 
     def count_ranks(self, counts: list[int]) -> None:
-        """Add a run's counts of trees: nodes verified, then accepted nodes by rank."""
+        """Add a step's counts of trees: nodes verified, then accepted nodes by rank."""
         self.nodes_verified += counts[0]
         self.rank_counts += [0] * (len(counts) - 1 - len(self.rank_counts))
         for rank, count in enumerate(counts[1:]):

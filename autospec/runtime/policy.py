@@ -20,10 +20,11 @@ class DraftLengthPolicy:
 
     Args:
         seconds: measured time of one step by draft length.
+        lag: counts that are seen but not used yet; less than LAG where they are seen later than at once.
     """
 
-    def __init__(self, seconds: dict[int, float]) -> None:
-        self.seconds = dict(sorted(seconds.items()))
+    def __init__(self, seconds: dict[int, float], lag: int = LAG) -> None:
+        self.seconds, self.lag = dict(sorted(seconds.items())), lag
         longest = max(self.seconds)
         # Optimism at the start: half of the drafts of each depth, so that speculation gets its first chance.
         self.trials = [1.0] * longest
@@ -45,7 +46,7 @@ class DraftLengthPolicy:
         A step of length n also tells about depth n + 1: its bonus token is compared with the next draft token.
         """
         self.pending.append((draft_len, list(deltas)))
-        if len(self.pending) <= LAG:
+        if len(self.pending) <= self.lag:
             return
         length, counts = self.pending.popleft()
         rows = counts[0]

@@ -175,15 +175,15 @@ def test_num_return_sequences(optimized: Make, prompts: Any) -> None:
     assert len({tuple(row) for row in many[:3].tolist()}) == 3
 
 
-def test_prompts_longer_than_a_chunk_and_waves(optimized: Make, judge: Any) -> None:
-    """150 prompt tokens in chunks of 64; five rows, two at a time; the noise of a row does not depend on its wave."""
+def test_prompts_longer_than_a_chunk_and_more_than_rows(optimized: Make, judge: Any) -> None:
+    """150 prompt tokens in chunks of 64; five rows, two at a time; the noise of a request does not depend on its row."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(1, 64, (5, 150), generator=generator)
     expected = judge.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, **PLAIN)
     narrow = optimized("ngram", max_batch_size=2)
     assert torch.equal(optimized().generate(ids, max_new_tokens=30, **PLAIN), expected)
     assert torch.equal(narrow.generate(ids, max_new_tokens=30, **PLAIN), expected)
-    assert {shape.batch_size for shape in narrow._sessions} == {1, 2}
+    assert {shape.batch_size for shape in narrow._sessions} == {2}
     options = {"do_sample": True, "seed": 9, "max_new_tokens": 20, "pad_token_id": 0}
     assert torch.equal(narrow.generate(ids, **options), optimized().generate(ids, **options))
     assert narrow.metrics.prompt_tokens == 5 * 150

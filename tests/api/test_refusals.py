@@ -126,7 +126,7 @@ def test_a_machine_that_is_too_small(optimized: Any, refused: Refused, monkeypat
     expected = fast.generate([[5], [6], [7], [8]], max_new_tokens=6, **PLAIN)
     one_row = api.state_bytes(fast.target, None, fast._shape(1, 7, False))
     monkeypatch.setattr(api, "_free_bytes", lambda device: one_row * 5)
-    assert torch.equal(fast.generate([[5], [6], [7], [8]], max_new_tokens=6, **PLAIN), expected), "in smaller waves"
+    assert torch.equal(fast.generate([[5], [6], [7], [8]], max_new_tokens=6, **PLAIN), expected), "fewer rows at once"
     monkeypatch.setattr(api, "_free_bytes", lambda device: one_row - 1)
     fast._sessions.clear()
     assert "MB are free" in str(refused(CapacityError, lambda: fast.generate([[5]], max_new_tokens=6)))

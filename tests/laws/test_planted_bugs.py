@@ -128,7 +128,7 @@ def _two_tokens_of(op: Any, tokens: Tensor, starts: Tensor, count: int) -> Any:
 
 def _counts_ahead(op: Any, *args: Any) -> Any:
     emitted = op(*args)
-    args[3][1:] += (emitted[:, 0] >= 0).sum()
+    args[3][:, 1:] += (emitted[:, :1] >= 0)
     return emitted
 
 

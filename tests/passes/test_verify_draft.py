@@ -211,7 +211,6 @@ def _check_tree(module: fx.GraphModule, trees: tuple[list[int], list[int]], seed
     before = [_slots(state, row) for row in range(BATCH)]
     emitted, untouched = evaluate(module, {"logits": logits, **state})
     assert torch.equal(untouched, -logits)
-    ranks = [0] * RANKS
     for row, (parents, start) in enumerate(zip(trees, (5, 9), strict=True)):
         wanted, ids = logits[row].argmax(-1).tolist(), state["draft_tokens"][row].tolist()
         path = _walk(wanted, ids, parents)
@@ -221,9 +220,10 @@ def _check_tree(module: fx.GraphModule, trees: tuple[list[int], list[int]], seed
         assert int(state["kv_lens"][row]) == start + len(path)
         kept = [before[row][start + node] for node in path]
         assert _slots(state, row)[: start + len(path)] == [*before[row][:start], *kept]
+        ranks = [0] * RANKS
         for node in path[1:]:
             ranks[parents[:node].count(parents[node])] += 1
-    assert state["rank_counts"].tolist() == [sum(parent >= 0 for tree in trees for parent in tree), *ranks]
+        assert state["rank_counts"][row].tolist() == [sum(parent >= 0 for parent in parents), *ranks]
 
 
 @settings(max_examples=40)

@@ -23,7 +23,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(workshop: Works
     run(session, requests_of(prompts, 9))
     before = {name: tensor.clone() for name, tensor in session.state.items()}
     cases = {
-        "5 requests do not fit a program built for 4 rows": (requests_of([[1]] * 5, 3), ()),
         "the prompt of request 1 is empty": (requests_of([[1], []], 3), ()),
         f"request 0 needs {LENGTH + 1} tokens (5 of prompt": (requests_of(prompts[:1], LENGTH - 4), ()),
         "9 eos ids were given, at most 8 are supported": (requests_of(prompts, 3), range(9)),

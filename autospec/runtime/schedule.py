@@ -96,7 +96,7 @@ class Schedule:
 
     def launch_chunk(self) -> Launch:
         """A prompt chunk was launched: those whose prompt ends in it emit."""
-        emitting = []
+        emitting: list[Seat] = []
         for seat in self.seats:
             if seat is not None and seat.is_reading:
                 seat.fed = min(seat.fed + self.chunk, len(seat.request.prompt))

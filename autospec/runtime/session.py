@@ -153,7 +153,9 @@ class Session:
                 first = SCRATCH_PAGES + row * shape.pages_per_row
                 new["page_table"][place] = torch.arange(first, first + shape.pages_per_row, dtype=torch.int32)
         values = [_row_values(request) for request in rows.values()]
-        new |= {name: torch.tensor([value[name] for value in values], dtype=state[name].dtype) for name in _ROW_STATE if name in state}
+        for name in _ROW_STATE:
+            if name in state:
+                new[name] = torch.tensor([value[name] for value in values], dtype=state[name].dtype)
         if "seen" in state:
             new["seen"] = torch.stack([_seen(request, state["seen"].shape[1]) for request in rows.values()])
         index = torch.tensor([*rows], device=state["tokens"].device)

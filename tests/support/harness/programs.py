@@ -133,9 +133,9 @@ Script = Callable[[dict[str, Tensor]], None]  # writes the next draft into the s
 
 def run(
     session: Session, requests: Sequence[Request], eos_ids: Sequence[int] = (), *, script: Script | None = None,
-    watch: Callable[[dict[str, Tensor]], None] | None = None,
+    watch: Callable[[dict[str, Tensor]], None] | None = None, lag: int = 0,
 ) -> Metrics:  # fmt: skip
-    """Session.run; `script` rewrites the draft before every step, `watch` sees the state after it."""
+    """Session.run; `script` rewrites the draft before every step, `watch` sees the state after it; `lag` as on a GPU."""
     metrics = Metrics()
     plain = dict(session.steps)
 
@@ -152,10 +152,11 @@ def run(
 
     session.step_seconds()
     session.steps = {length: scripted(step) for length, step in plain.items()}
+    usual, session.lag = session.lag, lag
     try:
         session.run(requests, eos_ids, metrics)
     finally:
-        session.steps = plain
+        session.steps, session.lag = plain, usual
     return metrics
 
 

@@ -1,0 +1,178 @@
+"""Continuous batching: a request does not notice which row it got, who sat there, who sits beside it, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from harness import batching_laws as laws
+from harness.laws import GREEDY, WARM
+from harness.programs import L, Plant, Workshop, prompts_of, requests_of, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from autospec.runtime.outbox import Outbox
+from autospec.runtime.request import SamplingParams
+from autospec.runtime.schedule import Schedule
+from autospec.runtime.session import Session
+
+PAIRS = [
+    ("auto", WARM), ("small", GREEDY), ("small static", WARM), ("small dynamic", GREEDY), ("eagle", GREEDY),
+    ("eagle dynamic", WARM), ("medusa static", GREEDY),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("drafter", "sampling"), PAIRS, ids=[drafter for drafter, _ in PAIRS])
+def test_a_queue_is_lossless(workshop: Workshop, drafter: str, sampling: SamplingParams) -> None:
+    laws.queue_is_lossless(workshop, drafter, sampling, lag=1)
+    laws.prefill_spares_decoding_rows(workshop, drafter, sampling)
+    laws.loading_touches_one_row(workshop, drafter, sampling)
+
+
+@settings(max_examples=6)
+@given(order=st.permutations(range(len(laws.LENGTHS))), lag=st.integers(0, 2), is_stopped=st.booleans(), warm=st.booleans())
+def test_in_any_order(workshop: Workshop, order: list[int], lag: int, is_stopped: bool, warm: bool) -> None:
+    laws.queue_is_lossless(workshop, "ngram", WARM if warm else GREEDY, lag, order, is_stopped)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_twin_is_accepted_in_every_row(workshop: Workshop, lag: int) -> None:
+    laws.twin_is_accepted_in_every_row(workshop, lag=lag)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+@pytest.mark.parametrize("drafter", ["twin", "small dynamic"])
+def test_late_reading_counts_the_same(workshop: Workshop, drafter: str, is_stopped: bool) -> None:
+    """Surplus launches of rows that ended are neither delivered nor counted, wherever they fall."""
+    counted = []
+    for lag in (0, 1):
+        metrics, _ = laws.queue_is_lossless(workshop, drafter, lag=lag, is_stopped=is_stopped)
+        counted.append((metrics.row_steps, metrics.reached, metrics.nodes_verified, metrics.rank_counts))
+    assert counted[0] == counted[1]
+
+
+def test_late_reading_takes_the_same_steps(workshop: Workshop) -> None:
+    """Without a queue every launch is the same, the lengths that the policy chooses too."""
+    session = workshop.session("auto")
+    session.step_seconds()
+    session._seconds = {0: 1.0, 2: 1.1, L: 1.2}
+    seen = []
+    for lag in (0, 1, 2):
+        requests = requests_of(prompts_of(2, (5, 8, 30)), [60, 33, 50])
+        ids = requests[2].prompt + laws.oracle("target", requests[2].prompt, 9)
+        requests[2].should_stop = lambda all_ids, ids=ids: all_ids == ids
+        metrics = run(session, requests, lag=lag)
+        seen.append((metrics.steps, metrics.reached, metrics.row_steps, [request.output for request in requests]))
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0][0]) > 1, "the length did change on the way"
+
+
+def _pages_not_hidden(op: Any, page_table: Tensor, q_lens: Tensor) -> Tensor:
+    return page_table.clone()
+
+
+def _drafts_for_all(op: Any, draft_tokens: Tensor, tree_parents: Tensor, ids: Tensor, parents: Tensor, *is_new: Any) -> Any:
+    op(draft_tokens, tree_parents, ids, parents)
+
+
+def _chunk_of_all(op: Any, tokens: Tensor, kv_lens: Tensor, prompt_lens: Tensor, q_len: int) -> Any:
+    """Rows whose prompt was read some steps ago read on, one token each."""
+    chunk, q_lens = op(tokens, kv_lens, prompt_lens, q_len)
+    return chunk, q_lens + ((kv_lens > prompt_lens) & (q_lens == 0)).int()
+
+
+@pytest.mark.parametrize(
+    ("plant", "law"),
+    [
+        (Plant("prefill writes into all rows", "prompt_pages", _pages_not_hidden), laws.prefill_spares_decoding_rows),
+        (Plant("prefill drafts for all rows", "store_draft", _drafts_for_all, ("prefill",)), laws.prefill_spares_decoding_rows),
+        (Plant("prefill advances all rows", "prompt_chunk", _chunk_of_all), laws.prefill_spares_decoding_rows),
+        (Plant("prefill advances all rows", "prompt_chunk", _chunk_of_all), laws.queue_is_lossless),
+    ],
+    ids=["pages", "drafts", "lengths", "tokens"],
+)  # fmt: skip
+def test_a_planted_bug_is_caught(plant: Plant, law: Callable[..., Any]) -> None:
+    with pytest.raises(AssertionError):
+        law(Workshop(plant))
+
+
+def _keeps(*names: str) -> Callable[[Session], None]:
+    """Loading leaves some of the row's state as it was."""
+
+    def prepare(session: Session) -> None:
+        load = session._load
+
+        def bug(rows: Mapping[int, Any]) -> None:
+            before = {name: session.state[name].clone() for name in names}
+            load(rows)
+            for name, tensor in before.items():
+                session.state[name].copy_(tensor)
+
+        session._load = bug  # type: ignore[method-assign]
+
+    return prepare
+
+
+def _clears_all(session: Session) -> None:
+    """Loading one row drops the drafts of all."""
+    load = session._load
+
+    def bug(rows: Mapping[int, Any]) -> None:
+        load(rows)
+        session.state["tree_parents"].fill_(-1)
+
+    session._load = bug  # type: ignore[method-assign]
+
+
+def _cuts_late(session: Session) -> None:
+    """What the surplus step committed stays."""
+    session._cut = lambda row, request: session.state["finished"][row].fill_(True)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "law"),
+    [
+        (_keeps("tree_parents", "draft_tokens"), laws.loading_touches_one_row),
+        (_keeps("row_keys"), laws.loading_touches_one_row),
+        (_keeps("seen"), laws.loading_touches_one_row),
+        (_keeps("seen"), laws.warm_queue),
+        (_clears_all, laws.loading_touches_one_row),
+        (_clears_all, laws.twin_is_accepted_in_every_row),
+        (_cuts_late, laws.stopped_queue),
+    ],
+    ids=["stale tree", "stale keys", "stale history", "stale history, by its tokens", "drafts of all dropped",
+         "drafts of all dropped, by acceptance", "late cut"],
+)  # fmt: skip
+def test_a_planted_bug_of_the_session_is_caught(prepare: Callable[[Session], None], law: Callable[..., Any]) -> None:
+    with pytest.raises(AssertionError):
+        law(Workshop(prepare=prepare))
+
+
+def test_a_cut_of_a_row_that_was_given_away_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop that comes with the very last token is seen when somebody else sits there already."""
+    monkeypatch.setattr(Schedule, "owns_row", lambda self, seat: True)
+    with pytest.raises(AssertionError):
+        laws.queue_is_lossless(Workshop(), "plain", lag=1, is_stopped=True)
+
+
+def test_without_a_plant_nothing_is_caught(workshop: Workshop) -> None:
+    for law in (laws.prefill_spares_decoding_rows, laws.queue_is_lossless, laws.loading_touches_one_row, laws.warm_queue,
+                laws.twin_is_accepted_in_every_row, laws.stopped_queue):  # fmt: skip
+        law(workshop)
+    laws.queue_is_lossless(workshop, "plain", lag=1, is_stopped=True)
+
+
+def test_the_outbox_keeps_what_state_held() -> None:
+    """A result is what it was when its launch was sent, though state moves on; the oldest is read first."""
+    state, outbox = torch.zeros(2), Outbox[int](torch.device("cpu"), lag=2)
+    read = []
+    for number in range(5):
+        state.fill_(number)
+        outbox.send(number, [state])
+        read += [(what, results[0].tolist()) for what, results in outbox.receive(keep=2)]
+    assert [what for what, _ in read] == [0, 1, 2]
+    read += [(what, results[0].tolist()) for what, results in outbox.receive(keep=0)]
+    assert read == [(number, [number, number]) for number in range(5)]

@@ -255,7 +255,7 @@ class OptimizedModel:
             program = self._build(shape)
             if debug.options().table:
                 print("\n".join(pass_table(program.records)))
-            session = Session(program)
+            session = Session(program, lambda: self._build(program.shape.reader()))
         self._sessions[shape] = session  # the last one used stands last
         return session
 

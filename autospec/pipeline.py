@@ -39,8 +39,8 @@ from autospec.passes.propose_draft import ProposeNgram, ProposeNothing
 from autospec.passes.recognize_attention import RecognizeAttention
 from autospec.passes.recognize_mla import RecognizeMla
 from autospec.passes.select_kernels import SelectKernels
-from autospec.passes.spare_experts import SpareExperts
 from autospec.passes.spare_decoding_rows import SpareDecodingRows
+from autospec.passes.spare_experts import SpareExperts
 from autospec.passes.specialize_shapes import SpecializeShapes
 from autospec.passes.synthesize_acceptance import SynthesizeAcceptance
 from autospec.passes.tag_roles import TagRoles

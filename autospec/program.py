@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -96,6 +96,7 @@ class Shape:
         prefill_len: prompt tokens per request in one prefill call.
         tree: the draft of the widest step.
         sampling: graphs that sample and process logits, or greedy ones that only take the argmax.
+        cache_rows: 0, or rows of the cache where another program owns it: one that only reads prompts into its pages.
     """
 
     batch_size: int
@@ -104,6 +105,11 @@ class Shape:
     prefill_len: int
     tree: DraftTree
     sampling: bool
+    cache_rows: int = 0
+
+    def reader(self) -> Shape:
+        """Of a program that reads one prompt at a time into the cache of this one."""
+        return replace(self, batch_size=1, cache_rows=self.batch_size)
 
     @property
     def reserve(self) -> int:
@@ -116,7 +122,7 @@ class Shape:
 
     @property
     def num_pages(self) -> int:
-        return self.batch_size * self.pages_per_row + SCRATCH_PAGES
+        return (self.cache_rows or self.batch_size) * self.pages_per_row + SCRATCH_PAGES
 
     @property
     def token_room(self) -> int:
@@ -168,12 +174,12 @@ class Program:
                     assert known == slot, f"graphs disagree about state {slot.name}: {known} and {slot}"
         return found
 
-    def new_state(self) -> dict[str, Tensor]:
+    def new_state(self, without: Collection[str] = ()) -> dict[str, Tensor]:
         """Freshly allocated state."""
         return {
             name: torch.full(slot.shape, slot.fill, dtype=slot.dtype, device=self.facts.device)
-            for name, slot in self.state_slots().items()
-        }
+            for name, slot in self.state_slots().items() if name not in without
+        }  # fmt: skip
 
     def bind(self, name: str, state: Mapping[str, Tensor]) -> Callable[[], object]:
         """A graph as a function of nothing: its weights and state are looked up once."""

@@ -6,12 +6,28 @@ them changes nothing but the launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from autospec.program import Program
 
 WARM_UPS = 3  # Triton compiles and cuBLAS allocates on the first calls; neither may happen while capturing
+
+
+def bind_graphs(program: Program, state: Mapping[str, Tensor]) -> dict[str, Callable[[], object]]:
+    """Every graph of a program over this state, as a replay where it can be one.
+
+    Rows must be at rest, as in fresh state: finished, and without a page.
+    """
+    bound = {name: program.bind(name, state) for name in program.graphs}
+    device = program.facts.device
+    if device.type == "cuda" and all(graph.is_compiled for graph in program.graphs.values()):
+        pool = torch.cuda.graph_pool_handle()
+        bound = {name: as_cuda_graph(run, device, pool) for name, run in bound.items()}
+    return bound
 
 
 def as_cuda_graph(run: Callable[[], object], device: torch.device, pool: Any) -> Callable[[], object]:

@@ -204,6 +204,37 @@ def test_buckets_grow_and_are_kept(optimized: Make, prompts: Any) -> None:
     assert len(fast._sessions) == 3
 
 
+def test_a_wider_program_is_used_again(optimized: Make, prompts: Any) -> None:
+    """Of twice the rows at most; a program that is wide by accident must not run every single prompt."""
+    fast = OptimizedModel(**vars_of(optimized("ngram")))
+    both = fast.generate(prompts[:2], max_new_tokens=9, **PLAIN)
+    wide = fast.session
+    alone = fast.generate(prompts[:1], max_new_tokens=9, **PLAIN)
+    assert fast.session is wide
+    assert alone[0, len(prompts[0]) :].tolist() == both[0, -9:].tolist()
+    fast.generate(prompts + prompts[:2], max_new_tokens=9, **PLAIN)
+    fast.generate(prompts[:1], max_new_tokens=9, **PLAIN)
+    assert fast.session is wide, "the narrowest that is wide enough"
+    assert {shape.batch_size for shape in fast._sessions} == {2, 8}
+    fast.generate(prompts[:3], max_new_tokens=9, **PLAIN)
+    assert {shape.batch_size for shape in fast._sessions} == {2, 8}
+    del fast._sessions[wide.program.shape]
+    fast.generate(prompts[:1], max_new_tokens=9, **PLAIN)
+    assert {shape.batch_size for shape in fast._sessions} == {1, 8}
+
+
+def test_a_queue_in_request_order(optimized: Make, judge: Any) -> None:
+    """Eleven prompts through four rows, a reader beside them: outputs stand where their prompts stood."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(1, 64, (length,), generator=generator).tolist() for length in (7, 90, 3, 20, 5, 70, 9, 1, 30, 4, 11)]
+    fast = optimized("twin", max_batch_size=4)
+    options = {"do_sample": True, "seed": 9, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 3}
+    got = fast.generate(prompts, num_return_sequences=2, **options)
+    assert torch.equal(got, optimized().generate(prompts, num_return_sequences=2, **options))
+    assert {shape.batch_size for shape in fast._sessions} == {4}
+    assert fast.metrics.acceptance_per_depth[0] > 0.8, "drafts of the target itself"
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_page_sizes(optimized: Make, prompts: Any, page_size: int) -> None:
     fast = optimized("ngram", page_size=page_size, max_length=100)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autospec.runtime.outbox import Outbox
+from autospec.runtime.reader import Reader
 from autospec.runtime.request import SamplingParams
 from autospec.runtime.schedule import Schedule
 from autospec.runtime.session import Session
@@ -32,15 +33,20 @@ def test_a_queue_is_lossless(workshop: Workshop, drafter: str, sampling: Samplin
     laws.loading_touches_one_row(workshop, drafter, sampling)
 
 
-@settings(max_examples=6)
-@given(order=st.permutations(range(len(laws.LENGTHS))), lag=st.integers(0, 2), is_stopped=st.booleans(), warm=st.booleans())
-def test_in_any_order(workshop: Workshop, order: list[int], lag: int, is_stopped: bool, warm: bool) -> None:
-    laws.queue_is_lossless(workshop, "ngram", WARM if warm else GREEDY, lag, order, is_stopped)
+@settings(max_examples=8)
+@given(
+    order=st.permutations(range(len(laws.LENGTHS))), lag=st.integers(0, 2), is_stopped=st.booleans(), warm=st.booleans(),
+    has_reader=st.booleans(),
+)  # fmt: skip
+def test_in_any_order(
+    workshop: Workshop, order: list[int], lag: int, is_stopped: bool, warm: bool, has_reader: bool
+) -> None:
+    laws.queue_is_lossless(workshop, "ngram", WARM if warm else GREEDY, lag, order, is_stopped, has_reader)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_a_twin_is_accepted_in_every_row(workshop: Workshop, lag: int) -> None:
-    laws.twin_is_accepted_in_every_row(workshop, lag=lag)
+@pytest.mark.parametrize(("lag", "has_reader"), [(0, True), (1, True), (1, False)])
+def test_a_twin_is_accepted_in_every_row(workshop: Workshop, lag: int, has_reader: bool) -> None:
+    laws.twin_is_accepted_in_every_row(workshop, lag, has_reader)
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
@@ -90,7 +96,7 @@ def _chunk_of_all(op: Any, tokens: Tensor, kv_lens: Tensor, prompt_lens: Tensor,
         (Plant("prefill writes into all rows", "prompt_pages", _pages_not_hidden), laws.prefill_spares_decoding_rows),
         (Plant("prefill drafts for all rows", "store_draft", _drafts_for_all, ("prefill",)), laws.prefill_spares_decoding_rows),
         (Plant("prefill advances all rows", "prompt_chunk", _chunk_of_all), laws.prefill_spares_decoding_rows),
-        (Plant("prefill advances all rows", "prompt_chunk", _chunk_of_all), laws.queue_is_lossless),
+        (Plant("prefill advances all rows", "prompt_chunk", _chunk_of_all), laws.crowded_queue),
     ],
     ids=["pages", "drafts", "lengths", "tokens"],
 )  # fmt: skip
@@ -132,6 +138,20 @@ def _cuts_late(session: Session) -> None:
     session._cut = lambda row, request: session.state["finished"][row].fill_(True)  # type: ignore[method-assign]
 
 
+def _batch_keeps_the_pages(session: Session) -> None:
+    """A row that ended goes on writing into the pages that a reader fills."""
+    load = session._load
+
+    def bug(rows: Mapping[int, Any]) -> None:
+        before = session.state["page_table"].clone()
+        load(rows)
+        for row, request in rows.items():
+            if request is None:
+                session.state["page_table"][row] = before[row]
+
+    session._load = bug  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
     ("prepare", "law"),
     [
@@ -140,29 +160,44 @@ def _cuts_late(session: Session) -> None:
         (_keeps("seen"), laws.loading_touches_one_row),
         (_keeps("seen"), laws.warm_queue),
         (_clears_all, laws.loading_touches_one_row),
-        (_clears_all, laws.twin_is_accepted_in_every_row),
+        (_clears_all, laws.crowded_twin),
         (_cuts_late, laws.stopped_queue),
+        (_batch_keeps_the_pages, laws.twin_is_accepted_in_every_row),
     ],
     ids=["stale tree", "stale keys", "stale history", "stale history, by its tokens", "drafts of all dropped",
-         "drafts of all dropped, by acceptance", "late cut"],
+         "drafts of all dropped, by acceptance", "late cut", "pages in two hands"],
 )  # fmt: skip
 def test_a_planted_bug_of_the_session_is_caught(prepare: Callable[[Session], None], law: Callable[..., Any]) -> None:
     with pytest.raises(AssertionError):
         law(Workshop(prepare=prepare))
 
 
+@pytest.mark.parametrize("name", ["kv_lens", "draft_tokens", "row_keys", "page_table"])
+def test_a_row_that_moves_in_without_some_state_is_caught(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    move = Reader.move_to
+
+    def bug(reader: Reader, row: int) -> None:
+        before = reader.batch_state[name][row].clone()
+        move(reader, row)
+        reader.batch_state[name][row].copy_(before)
+
+    monkeypatch.setattr(Reader, "move_to", bug)
+    with pytest.raises(AssertionError):
+        laws.queue_is_lossless(Workshop(), "ngram", laws.WARM)
+
+
 def test_a_cut_of_a_row_that_was_given_away_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop that comes with the very last token is seen when somebody else sits there already."""
     monkeypatch.setattr(Schedule, "owns_row", lambda self, seat: True)
     with pytest.raises(AssertionError):
-        laws.queue_is_lossless(Workshop(), "plain", lag=1, is_stopped=True)
+        laws.queue_is_lossless(Workshop(), "plain", lag=1, is_stopped=True, has_reader=False)
 
 
 def test_without_a_plant_nothing_is_caught(workshop: Workshop) -> None:
     for law in (laws.prefill_spares_decoding_rows, laws.queue_is_lossless, laws.loading_touches_one_row, laws.warm_queue,
-                laws.twin_is_accepted_in_every_row, laws.stopped_queue):  # fmt: skip
+                laws.twin_is_accepted_in_every_row, laws.stopped_queue, laws.crowded_queue, laws.crowded_twin):  # fmt: skip
         law(workshop)
-    laws.queue_is_lossless(workshop, "plain", lag=1, is_stopped=True)
+    laws.queue_is_lossless(workshop, "plain", lag=1, is_stopped=True, has_reader=False)
 
 
 def test_the_outbox_keeps_what_state_held() -> None:

@@ -12,7 +12,11 @@ def _play(schedule: Schedule, lag: int = 0) -> tuple[list[str], int]:
     schedule.admit()
     while (wanted := schedule.wanted) or under_way or schedule.waiting:
         if wanted:
-            launch = schedule.launch_chunk() if wanted == "chunk" else schedule.launch_step(0)
+            launch = (
+                schedule.launch_chunk() if wanted == "chunk"
+                else schedule.launch_lone_chunk() if wanted == "lone chunk"
+                else schedule.launch_step(0)
+            )  # fmt: skip
             under_way.append(launch)
             log.append(wanted[0] + "".join(str(seat.number) for seat in launch.seats))
         while len(under_way) > (lag if wanted else 0):
@@ -66,8 +70,20 @@ def test_a_stop_is_seen_one_launch_late() -> None:
 
 def test_first_come_first_served() -> None:
     schedule = Schedule(_requests(*[(1, 2)] * 5), batch_size=2, chunk=4)
-    assert [*schedule.admit()] == [0, 1]
-    assert [seat.number for seat in schedule.seats if seat] == [0, 1]
-    assert schedule.admit() == {}
+    assert [(seat.row, seat.number) for seat in schedule.admit()] == [(0, 0), (1, 1)]
+    assert schedule.admit() == []
     log, _ = _play(schedule)
     assert log == ["c01", "s01", "c23", "s23", "c4", "s4"]
+
+
+def test_prompts_of_refilled_rows_are_read_one_by_one() -> None:
+    """Two rows end together: their successors read alone (l), in turns with the row that decodes."""
+    requests = _requests((2, 1), (2, 1), (2, 9), (6, 2), (3, 3))
+    log, _ = _play(Schedule(requests, batch_size=3, chunk=4, has_reader=True))
+    assert log == ["c012", "s2", "l", "s2", "l3", "s32", "l4", "s42", "s42", "s2", "s2", "s2"]
+
+
+def test_where_nobody_decodes_a_reader_waits() -> None:
+    """All rows end together, and their successors are read together."""
+    log, _ = _play(Schedule(_requests((2, 1), (2, 1), (6, 1), (3, 1)), batch_size=2, chunk=4, has_reader=True))
+    assert log == ["c01", "c3", "c2"]

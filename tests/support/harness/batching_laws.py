@@ -31,11 +31,12 @@ def queue(sampling: SamplingParams, order: Sequence[int]) -> tuple[list[Request]
 
 def queue_is_lossless(
     workshop: Workshop, drafter: str = "twin", sampling: SamplingParams = GREEDY, lag: int = 0,
-    order: Sequence[int] = range(len(LENGTHS)), is_stopped: bool = False,
+    order: Sequence[int] = range(len(LENGTHS)), is_stopped: bool = False, has_reader: bool = True,
 ) -> tuple[Metrics, list[Request]]:  # fmt: skip
     """More requests than rows: each emits what it emits alone, and leaves its row as if it had been alone.
 
-    is_stopped: an eos ends some, a stop that only the host sees others, one of these at the very last token.
+    has_reader: prompts of refilled rows are read by a graph of one row. is_stopped: an eos ends some, a stop that only
+    the host sees others, one of these at the very last token.
     """
     requests, expected = queue(sampling, order)
     eos_ids: list[int] = []
@@ -48,7 +49,7 @@ def queue_is_lossless(
                 ids = request.prompt + expected[place][:length]
                 request.should_stop = lambda seen, ids=ids: seen == ids
                 expected[place] = expected[place][:length]
-    session = workshop.session(drafter, sampling=sampling.needs_scores)
+    session = workshop.session(drafter, sampling=sampling.needs_scores, has_reader=has_reader)
     metrics = run(session, requests, eos_ids, lag=lag)
     same_tokens(requests, expected)
     assert metrics.new_tokens == sum(map(len, expected))
@@ -65,9 +66,9 @@ def _draft_of(drafter: str) -> str | None:
     return {"twin": "target", "small": "small"}.get(name)
 
 
-def twin_is_accepted_in_every_row(workshop: Workshop, drafter: str = "twin", lag: int = 0) -> None:
+def twin_is_accepted_in_every_row(workshop: Workshop, lag: int = 0, has_reader: bool = True) -> None:
     """A draft equal to the target stays so in rows that were refilled, and in those that went on meanwhile."""
-    metrics, _ = queue_is_lossless(workshop, drafter, lag=lag)
+    metrics, _ = queue_is_lossless(workshop, "twin", lag=lag, has_reader=has_reader)
     reached, steps = [0] * L, 0
     for count in COUNTS:
         left = count - 1  # prefill emits one
@@ -146,4 +147,14 @@ def stopped_queue(workshop: Workshop) -> None:
 
 def warm_queue(workshop: Workshop) -> None:
     """With processors that look at the history of the row."""
-    queue_is_lossless(workshop, "ngram", WARM)
+    queue_is_lossless(workshop, "ngram", WARM, has_reader=False)
+
+
+def crowded_queue(workshop: Workshop) -> None:
+    """Without a reader the batch's own prefill reads, rows that decode beside it."""
+    queue_is_lossless(workshop, "twin", has_reader=False)
+
+
+def crowded_twin(workshop: Workshop) -> None:
+    """The same, by its acceptance."""
+    twin_is_accepted_in_every_row(workshop, has_reader=False)

@@ -111,21 +111,27 @@ class Workshop:
 
     def session(
         self, drafter: str = "plain", *, target: str = "target", sampling: bool = False, batch: int = BATCH,
-        draft_len: int = L, page: int = PAGE, chunk: int = CHUNK,
+        draft_len: int = L, page: int = PAGE, chunk: int = CHUNK, has_reader: bool = False,
     ) -> Session:  # fmt: skip
-        key = (drafter, target, sampling, batch, draft_len, page, chunk)
+        key = (drafter, target, sampling, batch, draft_len, page, chunk, has_reader)
         if key not in self._sessions:
             speculation, draft = DRAFTERS[drafter]
             if drafter == "ngram" and draft_len != L:
                 speculation = NGramConfig(max_draft_len=draft_len, max_matching_ngram_size=3)
             shape = Shape(batch, LENGTH, page, chunk, tree_of(speculation), sampling)
-            program = build_program(captured(target), captured(draft) if draft else None, speculation, shape, "eager")
-            if self.plant is not None:
-                self.plant.apply(program)
-            self._sessions[key] = Session(program)
+            build = functools.partial(
+                self._build, captured(target), captured(draft) if draft else None, speculation
+            )
+            self._sessions[key] = Session(build(shape), (lambda: build(shape.reader())) if has_reader else None)
             if self.prepare is not None:
                 self.prepare(self._sessions[key])
         return self._sessions[key]
+
+    def _build(self, target: Any, draft: Any, speculation: Speculation, shape: Shape) -> Program:
+        program = build_program(target, draft, speculation, shape, "eager")
+        if self.plant is not None and not shape.cache_rows:
+            self.plant.apply(program)
+        return program
 
 
 Script = Callable[[dict[str, Tensor]], None]  # writes the next draft into the state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -255,9 +255,13 @@ class OptimizedModel:
             program = self._build(shape)
             if debug.options().table:
                 print("\n".join(pass_table(program.records)))
-            session = Session(program, lambda: self._build(program.shape.reader()))
+            session = Session(program, self._reader(program.shape))
         self._sessions[shape] = session  # the last one used stands last
         return session
+
+    def _reader(self, shape: Shape) -> Callable[[], Program] | None:
+        """What builds the reader of prompts for refilled rows; None: the batch's own prefill reads them."""
+        return lambda: self._build(shape.reader())
 
     def _build(self, shape: Shape) -> Program:
         from autospec.assemble import build_program  # a saved model generates without the compiler

@@ -50,6 +50,9 @@ class LoadedModel(OptimizedModel):
             return min(wide, key=lambda shape: (shape.batch_size, shape.max_length, shape.sampling))
         return max(fitting, key=lambda shape: (shape.batch_size, -shape.max_length, not shape.sampling))
 
+    def _reader(self, shape: Shape) -> None:
+        """An artifact holds no reader: rows are refilled by the batch's own prefill."""
+
     def _build(self, shape: Shape) -> Program:
         if self.compile == "aot":
             return self.artifact.packaged(shape, self._weights, self.artifact.records(shape))

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from autospec.kernels.append_kv import slot_pages
-from autospec.kernels.launch import jit, no_gpu, power_of_2, rows_of, tl, wrap_triton
+from autospec.kernels.launch import (
+    can_wait,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    no_gpu,
+    power_of_2,
+    rows_of,
+    tl,
+    wrap_triton,
+)
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
 
@@ -39,7 +49,11 @@ def append_latent_rows(
     p_latent, p_rope, p_pages, p_table, p_lens, stride_lb, stride_ln, stride_eb, stride_en, stride_pp, stride_ps,
     stride_tb, max_pages,
     R: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_n, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r, o_e = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
     slot = tl.load(p_lens + i_b) + i_n
@@ -52,7 +66,7 @@ def append_latent_rows(
     tl.store(p_row + R + o_e, b_rope.to(p_pages.dtype.element_ty), mask=o_e < E)
 
 
-@append_latent.implementation("triton", why_not=why_not_triton)
+@append_latent.implementation("triton", why_not=why_not_triton, waits=True)
 def append_latent_triton(
     latent: Tensor, k_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor
 ) -> None:
@@ -60,11 +74,11 @@ def append_latent_triton(
     latent, k_rope = rows_of(latent), rows_of(k_rope)
     batch, q_len, kv_lora_rank = latent.shape
     rope_dim = k_rope.shape[2]
-    wrap_triton(append_latent_rows)[(q_len, batch)](
+    wrap_triton(append_latent_rows, waits=True)[(q_len, batch)](
         latent, k_rope, latent_pages, page_table, kv_lens, latent.stride(0), latent.stride(1), k_rope.stride(0),
         k_rope.stride(1), latent_pages.stride(0), latent_pages.stride(1), page_table.stride(0), page_table.shape[1],
         R=kv_lora_rank, E=rope_dim, PAGE=latent_pages.shape[1],
-        BLOCK_R=power_of_2(kv_lora_rank), BLOCK_E=power_of_2(rope_dim),
+        BLOCK_R=power_of_2(kv_lora_rank), BLOCK_E=power_of_2(rope_dim), WAITS=can_wait(latent),
     )
 
 

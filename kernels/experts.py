@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
-from autospec.kernels.launch import jit, no_gpu, power_of_2, rows_of, tl, wrap_triton
+from autospec.kernels.launch import (
+    can_wait,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    no_gpu,
+    power_of_2,
+    rows_of,
+    tl,
+    wrap_triton,
+)
 from autospec.kernels.native import not_on_cpu
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
@@ -124,56 +134,65 @@ def choose_tile(x: Tensor, top_k_index: Tensor, num_experts: int) -> Tile:
 
 
 @jit
-def sort_pairs(p_index, p_order, pairs, experts_count, S: tl.constexpr, BLOCK: tl.constexpr):
-    """Every pair finds its place in the order by counting those before it: stable, and no one waits."""
-    o_s = tl.program_id(0) * S + tl.arange(0, S)
-    m_s = o_s < pairs
-    b_expert = tl.load(p_index + o_s, mask=m_s, other=0).to(tl.int32)
-    b_expert = tl.where((b_expert >= 0) & (b_expert < experts_count), b_expert, experts_count)
-    b_place = tl.zeros((S,), tl.int32)
-    for i_block in range(0, pairs, BLOCK):
-        o_j = i_block + tl.arange(0, BLOCK)
-        b_other = tl.load(p_index + o_j, mask=o_j < pairs, other=0).to(tl.int32)
-        b_other = tl.where((b_other >= 0) & (b_other < experts_count), b_other, experts_count)
-        m_less = (b_other[None, :] < b_expert[:, None]) | ((b_other[None, :] == b_expert[:, None]) & (o_j[None, :] < o_s[:, None]))
-        b_place += tl.sum((m_less & (o_j < pairs)[None, :]).to(tl.int32), 1)
-    tl.store(p_order + b_place, o_s, mask=m_s)
+def expert_of(p_index, o_j, pairs, experts_count):
+    """A pair's expert; experts_count where there is none, or no pair."""
+    b_expert = tl.load(p_index + o_j, mask=o_j < pairs, other=-1).to(tl.int32)
+    return tl.where((b_expert >= 0) & (b_expert < experts_count), b_expert, experts_count)
 
 
 @jit
-def plan_tiles(p_index, p_plan, pairs, experts_count, most_tiles, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-               BLOCK_TILES: tl.constexpr):  # fmt: skip
-    """Count the tokens of every expert and cut them into tiles of M; one program."""
-    o_x = tl.arange(0, N)
-    b_count = tl.zeros((N,), tl.int32)
-    for i_block in range(0, pairs, BLOCK):
-        o_j = i_block + tl.arange(0, BLOCK)
-        b_expert = tl.load(p_index + o_j, mask=o_j < pairs, other=-1).to(tl.int32)
-        b_count += tl.sum((b_expert[None, :] == o_x[:, None]).to(tl.int32), 1)
-    b_count = tl.where(o_x < experts_count, b_count, 0)
-    b_tiles = (b_count + M - 1) // M
-    b_last = tl.cumsum(b_count, 0)  # the place behind an expert's last pair
-    b_last_tile = tl.cumsum(b_tiles, 0)
-    for i_block in range(0, most_tiles, BLOCK_TILES):
-        o_tile = i_block + tl.arange(0, BLOCK_TILES)
-        m_own = (o_tile[:, None] < b_last_tile[None, :]) & (o_tile[:, None] >= (b_last_tile - b_tiles)[None, :])
-        b_number = tl.sum(tl.where(m_own, o_tile[:, None] - (b_last_tile - b_tiles)[None, :], 0), 1)
-        b_expert = tl.sum(tl.where(m_own, o_x[None, :] + 1, 0), 1) - 1
-        b_first = tl.sum(tl.where(m_own, (b_last - b_count)[None, :], 0), 1) + b_number * M
-        b_end = tl.sum(tl.where(m_own, b_last[None, :], 0), 1)
-        m_tile = o_tile < most_tiles
-        tl.store(p_plan + o_tile, b_expert, mask=m_tile)
-        tl.store(p_plan + most_tiles + o_tile, b_first, mask=m_tile)
-        tl.store(p_plan + 2 * most_tiles + o_tile, b_end, mask=m_tile)
+def sort_pairs(
+    p_index, p_order, p_plan, pairs, experts_count, most_tiles,
+    S: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WAITS: tl.constexpr,
+):
+    """The first program cuts every expert's pairs into tiles of M. The others find the place of S pairs each in the order by
+    counting those before them: stable, and no one waits for another."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
+    if tl.program_id(0) == 0:
+        o_x = tl.arange(0, N)
+        b_count = tl.zeros((N,), tl.int32)
+        for i_block in range(0, pairs, BLOCK):
+            b_expert = expert_of(p_index, i_block + tl.arange(0, BLOCK), pairs, experts_count)
+            b_count += tl.sum((b_expert[None, :] == o_x[:, None]).to(tl.int32), 1)
+        b_count = tl.where(o_x < experts_count, b_count, 0)
+        b_tiles = (b_count + M - 1) // M
+        b_end = tl.cumsum(b_count, 0)
+        b_end_tile = tl.cumsum(b_tiles, 0)
+        for i_block in range(0, most_tiles, 16):
+            o_tile = i_block + tl.arange(0, 16)
+            b_number = o_tile[:, None] - (b_end_tile - b_tiles)[None, :]  # of a tile among those of an expert
+            m_own = (b_number >= 0) & (b_number < b_tiles[None, :])
+            b_first = tl.where(m_own, (b_end - b_count)[None, :] + b_number * M, 0)
+            m_tile = o_tile < most_tiles
+            tl.store(p_plan + o_tile, tl.sum(tl.where(m_own, o_x[None, :] + 1, 0), 1) - 1, mask=m_tile)
+            tl.store(p_plan + most_tiles + o_tile, tl.sum(b_first, 1), mask=m_tile)
+            tl.store(p_plan + 2 * most_tiles + o_tile, tl.sum(tl.where(m_own, b_end[None, :], 0), 1), mask=m_tile)
+    else:
+        o_s = (tl.program_id(0) - 1) * S + tl.arange(0, S)
+        b_expert = expert_of(p_index, o_s, pairs, experts_count)
+        b_place = tl.zeros((S,), tl.int32)
+        for i_block in range(0, pairs, BLOCK):
+            o_j = i_block + tl.arange(0, BLOCK)
+            b_other = expert_of(p_index, o_j, pairs, experts_count)
+            m_tie = (b_other[None, :] == b_expert[:, None]) & (o_j[None, :] < o_s[:, None])
+            m_before = ((b_other[None, :] < b_expert[:, None]) | m_tie) & (o_j < pairs)[None, :]
+            b_place += tl.sum(m_before.to(tl.int32), 1)
+        tl.store(p_order + b_place, o_s, mask=o_s < pairs)
 
 
 @jit
 def multiply_experts(
     p_x, p_weight, p_order, p_plan, p_out, stride_x, most_tiles, columns, depth, top_k,
     ACTIVATION: tl.constexpr, M: tl.constexpr, C: tl.constexpr, K: tl.constexpr, IS_EVEN: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
     """Rows of out [S, columns] at their pair's number: weight[e] times x of the pair's token (or the pair's own row where
     top_k is 1); with an activation, weight has 2 `columns` rows and out is activation(gate) * up."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_t, i_c = tl.program_id(0), tl.program_id(1)
     i_expert = tl.load(p_plan + i_t).to(tl.int64)
     if i_expert >= 0:
@@ -219,9 +238,13 @@ def multiply_experts(
 
 @jit
 def mix_results(
-    p_results, p_index, p_weights, p_out, columns, experts_count, stride_wt, TOP_K: tl.constexpr, C: tl.constexpr
+    p_results, p_index, p_weights, p_out, columns, experts_count, stride_wt,
+    TOP_K: tl.constexpr, C: tl.constexpr, WAITS: tl.constexpr,
 ):
     """C columns of one token: its results in their order, weighted; those of no expert were never written."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_t = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * C + tl.arange(0, C)
     b_sum = tl.zeros((C,), tl.float32)
@@ -246,28 +269,29 @@ def run_experts(
     plan = top_k_index.new_empty(3, most_tiles, dtype=torch.int32)
     hidden, results = x.new_empty(pairs, inner), x.new_empty(pairs, width)
     out = x.new_empty(tokens, width)
-    block = min(max(power_of_2(pairs), 16), 128)
-    wrap_triton(sort_pairs)[((pairs + 15) // 16,)](top_k_index, order, pairs, num_experts, S=16, BLOCK=block)
-    wrap_triton(plan_tiles)[(1,)](
-        top_k_index, plan, pairs, num_experts, most_tiles, M=tile.rows, N=max(power_of_2(num_experts), 16),
-        BLOCK=min(block, 32), BLOCK_TILES=16,
+    waits = can_wait(x)
+    wrap_triton(sort_pairs, waits=True)[(1 + (pairs + 15) // 16,)](
+        top_k_index, order, plan, pairs, num_experts, most_tiles, S=16, M=tile.rows, N=max(power_of_2(num_experts), 16),
+        BLOCK=min(max(power_of_2(pairs), 16), 64), WAITS=waits,
     )
     for source, stride, weight, made, columns, depth, share, name in (
         (x, x.stride(0), gate_up, hidden, inner, width, top_k, activation),
         (hidden, inner, down, results, width, inner, 1, None),
     ):
-        wrap_triton(multiply_experts)[(most_tiles, (columns + tile.columns - 1) // tile.columns)](
+        wrap_triton(multiply_experts, waits=True)[(most_tiles, (columns + tile.columns - 1) // tile.columns)](
             source, weight, order, plan, made, stride, most_tiles, columns, depth, share, ACTIVATION=name, M=tile.rows,
-            C=tile.columns, K=tile.depth, IS_EVEN=depth % tile.depth == 0, num_warps=tile.warps, num_stages=tile.stages,
+            C=tile.columns, K=tile.depth, IS_EVEN=depth % tile.depth == 0, WAITS=waits,
+            num_warps=tile.warps, num_stages=tile.stages,
         )
     span = min(max(power_of_2(width), 16), 1024)
-    wrap_triton(mix_results)[(tokens, (width + span - 1) // span)](
-        results, top_k_index, top_k_weights, out, width, num_experts, top_k_weights.stride(0), TOP_K=top_k, C=span
+    wrap_triton(mix_results, waits=True)[(tokens, (width + span - 1) // span)](
+        results, top_k_index, top_k_weights, out, width, num_experts, top_k_weights.stride(0), TOP_K=top_k, C=span,
+        WAITS=waits,
     )
     return out
 
 
-@experts.implementation("triton", why_not=why_not_triton)
+@experts.implementation("triton", why_not=why_not_triton, waits=True)
 def experts_triton(
     x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, activation: str = "silu"
 ) -> Tensor:

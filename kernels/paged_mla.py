@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from autospec.kernels.attention import attend
-from autospec.kernels.launch import jit, multiprocessors, no_gpu, power_of_2, rows_of, tl, wrap_triton
+from autospec.kernels.launch import (
+    can_wait,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    multiprocessors,
+    no_gpu,
+    power_of_2,
+    rows_of,
+    tl,
+    wrap_triton,
+)
 from autospec.kernels.paged_attention import block_pages, linked_nodes, load_rows, row_numbers, visible_slots
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
@@ -114,7 +125,11 @@ def attend_latents(
     stride_qb, stride_qn, stride_qh, stride_eb, stride_en, stride_eh, stride_tb, q_len, earlier, max_pages, scale,
     H: tl.constexpr, R: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WORDS: tl.constexpr, SPLITS: tl.constexpr,
     IS_WIDE: tl.constexpr, M: tl.constexpr, T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_b = tl.program_id(1).to(tl.int64)
     i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     factor = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e)
@@ -185,8 +200,13 @@ def attend_latents(
 
 
 @jit
-def combine_latents(p_part, p_lse, p_out, R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr):
+def combine_latents(
+    p_part, p_lse, p_out, R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, WAITS: tl.constexpr
+):
     """Weigh the splits of C columns of one row (i_r) by their share of the softmax; a row that saw nothing becomes 0."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_r = tl.program_id(0).to(tl.int64)
     o_s, o_c = tl.arange(0, SPLITS), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b_lse = tl.load(p_lse + i_r * SPLITS + o_s)
@@ -212,7 +232,7 @@ def attend_latent_pages(
     else:
         part = q.new_empty(batch, q_len, heads, tile.splits, kv_lora_rank, dtype=torch.float32)
         lse = q.new_empty(batch, q_len, heads, tile.splits, dtype=torch.float32)
-    wrap_triton(attend_latents)[((q_len * heads + tile.rows - 1) // tile.rows * tile.splits, batch)](
+    wrap_triton(attend_latents, waits=True)[((q_len * heads + tile.rows - 1) // tile.rows * tile.splits, batch)](
         q, qe, latent_pages, page_table, kv_lens, q_lens, None if tree_mask is None else tree_mask.contiguous(), part, lse,
         q.stride(0), q.stride(1), q.stride(2), qe.stride(0), qe.stride(1), qe.stride(2), page_table.stride(0),
         q_len, 0 if tree_mask is None else tree_mask.shape[1] - q_len, page_table.shape[1], scale,
@@ -220,17 +240,18 @@ def attend_latent_pages(
         WORDS=1 if tree_mask is None else tree_mask.shape[2], SPLITS=tile.splits,
         IS_WIDE=latent_pages.numel() >= 2**31, M=tile.rows, T=tile.slots,
         BLOCK_R=max(power_of_2(kv_lora_rank), 16), BLOCK_E=max(power_of_2(qe.shape[3]), 16),
-        num_warps=tile.warps, num_stages=tile.stages,
+        WAITS=can_wait(q), num_warps=tile.warps, num_stages=tile.stages,
     )
     if tile.splits > 1:
         columns = min(power_of_2(kv_lora_rank), 128)
-        wrap_triton(combine_latents)[(batch * q_len * heads, (kv_lora_rank + columns - 1) // columns)](
-            part, lse, out, R=kv_lora_rank, SPLITS=tile.splits, BLOCK_C=columns, num_warps=4 if tile.splits >= 16 else 1
+        wrap_triton(combine_latents, waits=True)[(batch * q_len * heads, (kv_lora_rank + columns - 1) // columns)](
+            part, lse, out, R=kv_lora_rank, SPLITS=tile.splits, BLOCK_C=columns, WAITS=can_wait(q),
+            num_warps=4 if tile.splits >= 16 else 1,
         )
     return out
 
 
-@paged_mla.implementation("triton", why_not=why_not_triton)
+@paged_mla.implementation("triton", why_not=why_not_triton, waits=True)
 def paged_mla_triton(
     q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
     q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0,

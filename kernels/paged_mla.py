@@ -29,7 +29,9 @@ from autospec.kernels.launch import (
     tl,
     wrap_triton,
 )
+from autospec.kernels.native import not_on_cpu
 from autospec.kernels.paged_attention import block_pages, linked_nodes, load_rows, row_numbers, visible_slots
+from autospec.kernels.paged_attention import why_not_cpu as why_not_paged_attention
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
 from autospec.kernels.tree_tables import tree_tables
@@ -259,6 +261,32 @@ def paged_mla_triton(
     """Flash attention over the latent pages: a block is read once and serves as keys and values of all heads."""
     tile = choose_tile(q_latent, latent_pages, page_table)
     return attend_latent_pages(q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale, tile)
+
+
+def as_attention(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The same call as one of paged_attention: one K/V head, whose values are the first part of its keys."""
+    pages = args["latent_pages"].unsqueeze(2)
+    return {
+        "q": torch.cat([args["q_latent"], args["q_rope"]], -1), "k_pages": pages,
+        "v_pages": pages[..., : args["q_latent"].shape[3]],
+        **{name: args[name] for name in ("page_table", "kv_lens", "q_lens", "tree_mask", "scale")},
+    }  # fmt: skip
+
+
+def why_not_cpu(args: Mapping[str, Any]) -> str | None:
+    """The C++ of paged_attention reads rows where they lie, at any stride."""
+    return not_on_cpu(args) or why_not_paged_attention(as_attention(args))
+
+
+@paged_mla.implementation("cpu", why_not=why_not_cpu)
+def paged_mla_cpu(
+    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
+    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0,
+) -> Tensor:
+    """Paged attention in C++ over one K/V head."""
+    args = {"q_latent": q_latent, "q_rope": q_rope, "latent_pages": latent_pages, "page_table": page_table}
+    args |= {"kv_lens": kv_lens, "q_lens": q_lens, "tree_mask": tree_mask, "scale": scale}
+    return torch.ops.autospec_cpu.paged_attention(**as_attention(args))
 
 
 def random_case(

@@ -13,7 +13,15 @@ from torch import Tensor
 from autospec.kernels.append_latent import append_latent
 from autospec.kernels.latent_attention import latent_attention
 from autospec.kernels.paged_attention import paged_attention
-from autospec.kernels.paged_mla import Tile, attend_latent_pages, choose_tile, paged_mla, random_case, why_not_triton
+from autospec.kernels.paged_mla import (
+    Tile,
+    attend_latent_pages,
+    choose_tile,
+    paged_mla,
+    random_case,
+    why_not_cpu,
+    why_not_triton,
+)
 from autospec.kernels.tree_tables import tree_tables
 
 FILE, APPEND = "autospec.kernels.paged_mla", "autospec.kernels.append_latent"
@@ -82,15 +90,23 @@ def test_equals_attention_over_one_head(random_parents, interpreted, seed, q_len
     parents = random_parents(torch.Generator().manual_seed(seed), 2, q_len) if is_tree else (2, q_len)
     case = make_case(seed, parents, **sizes)
     check(case, paged_mla(*case.arguments()))
+    check(case, on_cpu(*case.arguments()))
     if tile is None:
         check(case, interpreted(FILE, "paged_mla_triton", *case.arguments()))
     else:
         check(case, interpreted(FILE, "attend_latent_pages", *case.arguments(), tile))
 
 
+def on_cpu(*arguments):
+    """The C++ implementation; it must have been compiled."""
+    assert why_not_cpu(paged_mla.bind(arguments, {})) is None
+    return torch.ops.autospec_cpu.paged_mla(*arguments)
+
+
 def all_of(interpreted, case):
-    """The reference, and Triton with and without splits."""
+    """The reference, C++ for the CPU, and Triton with and without splits."""
     yield paged_mla(*case.arguments())
+    yield on_cpu(*case.arguments())
     for tile in (WHOLE, SPLIT):
         yield interpreted(FILE, "attend_latent_pages", *case.arguments(), tile)
 
@@ -142,7 +158,7 @@ def test_masks_of_more_than_one_word(random_parents, interpreted, q_len, kv_len)
 def test_the_last_nodes_of_a_tree_equal_its_last_rows(random_parents, interpreted):
     whole = make_case(5, random_parents(torch.Generator().manual_seed(5), 2, 21))
     late = [whole.q_latent[:, 13:], whole.q_rope[:, 13:], *whole.arguments()[2:]]
-    outs = [paged_mla(*late), *(interpreted(FILE, "attend_latent_pages", *late, tile) for tile in (WHOLE, SPLIT))]
+    outs = [paged_mla(*late), on_cpu(*late), *(interpreted(FILE, "attend_latent_pages", *late, tile) for tile in (WHOLE, SPLIT))]
     for out, rows in zip(all_of(interpreted, whole), outs, strict=True):
         torch.testing.assert_close(rows, out[:, 13:], rtol=4e-6, atol=4e-6)
 
@@ -156,6 +172,7 @@ def test_padding_is_invisible(interpreted):
             poisoned.latent_pages[case.page_table[b, slot // PAGE], slot % PAGE] = float("nan")
         poisoned.q_latent[b, int(case.q_lens[b]) :] = float("nan")
     poisoned.latent_pages[0] = float("nan")
+    check(case, on_cpu(*poisoned.arguments()))
     for tile in (WHOLE, SPLIT):
         check(case, interpreted(FILE, "attend_latent_pages", *poisoned.arguments(), tile))
 

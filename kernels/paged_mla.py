@@ -284,9 +284,9 @@ def paged_mla_cpu(
     q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0,
 ) -> Tensor:
     """Paged attention in C++ over one K/V head."""
-    args = {"q_latent": q_latent, "q_rope": q_rope, "latent_pages": latent_pages, "page_table": page_table}
-    args |= {"kv_lens": kv_lens, "q_lens": q_lens, "tree_mask": tree_mask, "scale": scale}
-    return torch.ops.autospec_cpu.paged_attention(**as_attention(args))
+    args = paged_mla.bind((q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale), {})
+    out: Tensor = torch.ops.autospec_cpu.paged_attention(**as_attention(args))
+    return out
 
 
 def random_case(

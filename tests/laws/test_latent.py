@@ -108,6 +108,10 @@ def latent_draft(workshop: Workshop) -> None:
     laws.lossless_for_any_draft(workshop, target="latent")
 
 
+def latent_nodes(workshop: Workshop) -> None:
+    tree_laws.lossless_for_any_tree(workshop, 2, GREEDY, "latent", truth=0.7)
+
+
 def test_caches_of_target_and_draft_are_fresh(workshop: Workshop) -> None:
     latent_tree(workshop)
 
@@ -146,7 +150,7 @@ PLANTS = [
     (Plant("rows read one slot short", "paged_mla", _shifted(4, -1), ("step",)), latent_draft),
     (Plant("rope forgotten", "paged_mla", _rope_forgotten), latent_draft),
     (Plant("parts swapped", "append_latent", _parts_swapped), latent_draft),
-    (Plant("siblings visible", "paged_mla", _siblings_visible, ("step",)), latent_tree),
+    (Plant("siblings visible", "paged_mla", _siblings_visible, ("step",)), latent_nodes),
     (Plant("latents not moved", "compact_kv", _not_moved), latent_tree),
     (Plant("draft's rows one slot late", "append_latent", _shifted(4, 1), ("step",), "draft"), latent_tree),
 ]

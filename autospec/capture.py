@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from autospec import capture_experts
+from autospec.decompose import functional
 from autospec.errors import CaptureError
 from autospec.hollow import is_hollow, is_model_hollow, without_numbers
 from autospec.ir.match import argument, aten, calls, is_call
@@ -382,7 +383,7 @@ def export_model(model: Any) -> Exported:
             _recorder.replaying = True
             dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
             exported = torch.export.export(wrapped, inputs, dynamic_shapes=(dims, dims), strict=False)
-            exported = exported.run_decompositions({})
+            exported = functional(exported)
     except CaptureError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from autospec import debug, pipeline
 from autospec.capture import EXAMPLE_SHAPE, with_slots
+from autospec.decompose import functional
 from autospec.errors import CaptureError, OptionError
 from autospec.heads.eagle3 import Eagle3Head
 from autospec.heads.medusa import MedusaHeads
@@ -115,7 +116,7 @@ def _export(
     name = type(head).__name__
     with torch.no_grad():
         exported = torch.export.export(_Called(head, function).eval(), given, dynamic_shapes=(dims,), strict=False)
-        graph, weights = with_slots(exported.run_decompositions({}), name, names)
+        graph, weights = with_slots(functional(exported), name, names)
     graph.meta["weights"] = weights
     run_stages(graph, pipeline.understand_head(), graph_name="draft.capture", debug=debug.options())
     return graph

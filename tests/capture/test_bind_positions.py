@@ -10,6 +10,7 @@ from harness.graphs import check_golden
 from torch import nn
 
 from autospec.capture import with_slots
+from autospec.decompose import functional
 from autospec.ir.runner import run_pass
 from autospec.ir.text import graph_text
 from autospec.legality import run_captured
@@ -77,7 +78,7 @@ def export(places):
     ids = torch.zeros(2, 5, dtype=torch.int64)
     dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     exported = torch.export.export(toy, (ids, ids.clone()), dynamic_shapes=(dims, dims), strict=False)
-    return toy, *with_slots(exported.run_decompositions({}), "toy")
+    return toy, *with_slots(functional(exported), "toy")
 
 
 @pytest.mark.parametrize("places", OFFSETS, ids=lambda places: places.__name__)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autospec.assemble import copy_graph
 from autospec.capture import with_slots
+from autospec.decompose import functional
 from autospec.ir.build import Builder, declare
 from autospec.ir.passes import Pass, PassRecord
 from autospec.ir.runner import run_pass
@@ -98,7 +99,7 @@ def captured_graph(
     exported = torch.export.export(
         module.eval().requires_grad_(False), tuple(inputs.values()), dynamic_shapes=tuple(dims for _ in inputs), strict=False
     )
-    graph, weights = with_slots(exported.run_decompositions({}), "tiny", tuple(inputs))
+    graph, weights = with_slots(functional(exported), "tiny", tuple(inputs))
     run_pass(graph, TagRoles())
     return graph, weights
 

@@ -1,0 +1,94 @@
+"""From the training graph to functional ops: renamed in place where that is enough, traced again where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from autospec.decompose import functional
+from autospec.ir.match import aten
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.write = write
+        self.layer = torch.nn.Linear(8, 8).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(self.layer(x))
+
+
+def exported(write: Callable[[Tensor], Tensor]) -> torch.export.ExportedProgram:
+    torch.manual_seed(0)
+    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    return torch.export.export(_Module(write), (torch.randn(2, 3, 8).bfloat16(),), dynamic_shapes=(dims,), strict=False)
+
+
+def is_traced_again(monkeypatch: pytest.MonkeyPatch, write: Callable[[Tensor], Tensor]) -> bool:
+    """Convert, compare the results on another shape, and say whether the whole graph was traced."""
+    asked = []
+    whole = torch.export.ExportedProgram.run_decompositions
+
+    def run_decompositions(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(self)
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", run_decompositions)
+    program = functional(exported(write))
+    monkeypatch.undo()
+    x = torch.randn(3, 5, 8).bfloat16()
+    assert torch.equal(program.module()(x), exported(write).module()(x))
+    for node in program.graph.nodes:
+        assert node.target not in (aten.to.dtype, aten.to.device, aten.reshape.default)
+        assert not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
+    return bool(asked)
+
+
+RENAMED = {
+    "norm": lambda x: (x.to(torch.float32) * x.float().pow(2).mean(-1, keepdim=True).rsqrt()).to(torch.bfloat16),
+    "a cast to what it is": lambda x: x.to(torch.bfloat16) + 1,
+    "heads": lambda x: x.view(*x.shape[:2], 2, 4).sin().reshape(*x.shape[:2], -1),
+    "sizes": lambda x: x * x.shape[1],
+}
+TRACED = {
+    "a product": lambda x: torch.matmul(x, x.transpose(1, 2)), "in place": lambda x: x.clone().add_(1),
+    "a reshape that copies": lambda x: x.transpose(1, 2).reshape(x.shape[0], -1),
+    "a forced copy": lambda x: x.to(torch.bfloat16, copy=True), "parts": lambda x: x.chunk(2, -1)[0],
+    "another device's copy": lambda x: x.to("cpu", torch.float32, copy=True),
+    "a layout": lambda x: x[:, :, None].to(torch.float32, memory_format=torch.channels_last),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_what_is_renamed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert not is_traced_again(monkeypatch, RENAMED[name])
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_what_is_traced_again(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert is_traced_again(monkeypatch, TRACED[name])
+
+
+STEPS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x.float(), lambda x: x.to(torch.bfloat16), lambda x: x.reshape(x.shape[0], -1, x.shape[-1]),
+    lambda x: x.transpose(0, 1).reshape(x.shape[0], x.shape[1], -1), torch.sin, lambda x: x * 2, lambda x: x.clone().mul_(3),
+]  # fmt: skip
+
+
+@settings(max_examples=15)
+@given(steps=st.lists(st.sampled_from(STEPS), max_size=4))
+def test_any_chain_keeps_its_meaning(steps: list[Callable[[Tensor], Tensor]]) -> None:
+    def write(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    x = torch.randn(3, 5, 8).bfloat16()
+    assert torch.equal(functional(exported(write)).module()(x), exported(write).module()(x))

@@ -1,7 +1,7 @@
 """Rotary embedding of queries and keys, and the K and V rows into their pages, in one go.
 
 q [B, N, Hq, D], k [B, N, Hkv, D], v [B, N, Hkv, Dv]; cos, sin [B, N, D] in their dtype; pages, page table and lengths as in
-append_kv. Dimension d is rotated with d + D / 2, as transformers' rotate_half does, and every product is rounded like there.
+append_kv. Dimension d is rotated with d + D / 2, as transformers' rotate_half does. The kernel rounds once, at the end.
 """
 
 from __future__ import annotations
@@ -59,16 +59,14 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
 def rotate_half(p_row, p_cos, p_sin, p_to, m_row, o_d, m_d, HALF: tl.constexpr):
     """Rotate rows [G] whose first elements are at p_row [G, 1]; write them to p_to [G, 1]."""
     dtype = p_row.dtype.element_ty
+    to = p_to.dtype.element_ty
     m = m_row & m_d
     b_1 = tl.load(p_row + o_d, mask=m, other=0.0).to(tl.float32)
     b_2 = tl.load(p_row + HALF + o_d, mask=m, other=0.0).to(tl.float32)
     b_cos_1, b_cos_2 = tl.load(p_cos + o_d, mask=m_d).to(tl.float32), tl.load(p_cos + HALF + o_d, mask=m_d).to(tl.float32)
     b_sin_1, b_sin_2 = tl.load(p_sin + o_d, mask=m_d).to(tl.float32), tl.load(p_sin + HALF + o_d, mask=m_d).to(tl.float32)
-    b_out_1 = (b_1 * b_cos_1).to(dtype).to(tl.float32) - (b_2 * b_sin_1).to(dtype).to(tl.float32)
-    b_out_2 = (b_2 * b_cos_2).to(dtype).to(tl.float32) + (b_1 * b_sin_2).to(dtype).to(tl.float32)
-    to = p_to.dtype.element_ty
-    tl.store(p_to + o_d, b_out_1.to(dtype).to(to), mask=m)
-    tl.store(p_to + HALF + o_d, b_out_2.to(dtype).to(to), mask=m)
+    tl.store(p_to + o_d, (b_1 * b_cos_1 - b_2 * b_sin_1).to(dtype).to(to), mask=m)
+    tl.store(p_to + HALF + o_d, (b_2 * b_cos_2 + b_1 * b_sin_2).to(dtype).to(to), mask=m)
 
 
 @jit

@@ -4,7 +4,7 @@
     autospec.append_kv(%k, %v, %k_pages, ...)       ->                                 %k_pages, ...)
     %o = autospec.paged_attention(<rotate>(%q0, ...), ...)   %o = autospec.paged_attention(%q, ...)
 
-Legal: the op's reference is the ops it replaces, rounding included; K rows are written before anything reads them, as they were.
+Legal: the op's reference is the ops it replaces; K rows are written before anything reads them, as they were.
 Gives up on: keys or queries that are rotated in another way (interleaved, a part of them, in float32), pages that several
 layers read, rotated values that something else reads too.
 """

@@ -13,13 +13,11 @@ from autospec import debug, pipeline
 from autospec.capture import export_model
 from autospec.config import Speculation
 from autospec.hollow import is_model_hollow
-from autospec.ir.match import calls
+from autospec.ir.caches import bytes_per_token, kept_rows
 from autospec.ir.passes import PassRecord
 from autospec.ir.runner import run_stages
 from autospec.ir.sizes import constants_of
 from autospec.ir.slots import Slot, slots
-from autospec.kernels.attention import attention
-from autospec.kernels.latent_attention import latent_attention
 from autospec.legality import check_captured, kept_by_cache, rows_of_tables
 from autospec.lower import Unlowered, lower_program
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
@@ -57,18 +55,11 @@ def capture_model(model: Any, name: str = "target") -> CapturedModel:
 
 
 def _facts(model: Any, graph: fx.GraphModule, max_positions: int) -> ModelFacts:
-    shared = {node.args[1:3]: node for node in calls(graph, attention)}
-    latents = {node.args[2:4]: node for node in calls(graph, latent_attention)}
-    bytes_per_token = 0
-    for source in (source for pair in (*shared, *latents) for source in pair):
-        value = source.meta["val"]  # type: ignore[union-attr]
-        heads = value.shape[1] if value.dim() == 4 else 1
-        bytes_per_token += heads * value.shape[-1] * value.dtype.itemsize
     logits = graph.graph.output_node().args[0][0].meta["val"]  # type: ignore[index, union-attr]
     weight = next(model.parameters())
     return ModelFacts(
         name=type(model).__name__, vocab_size=int(logits.shape[-1]), max_positions=max_positions, dtype=weight.dtype,
-        device=weight.device, num_kv_layers=len(shared) + len(latents), bytes_per_token=bytes_per_token,
+        device=weight.device, num_kv_layers=len(kept_rows(graph)), bytes_per_token=bytes_per_token(graph),
     )  # fmt: skip
 
 

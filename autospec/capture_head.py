@@ -14,12 +14,12 @@ from autospec.decompose import functional
 from autospec.errors import CaptureError, OptionError
 from autospec.heads.eagle3 import Eagle3Head
 from autospec.heads.medusa import MedusaHeads
-from autospec.ir.match import calls, operand
+from autospec.ir.caches import bytes_per_token, kept_rows
+from autospec.ir.match import operand
 from autospec.ir.roles import the
 from autospec.ir.runner import run_stages
 from autospec.ir.sizes import constants_of
 from autospec.ir.slots import find_slot
-from autospec.kernels.attention import attention
 from autospec.passes.tap_hidden_states import layer_outputs, missing_taps
 from autospec.program import CapturedHead, CapturedModel, ModelFacts
 
@@ -130,10 +130,8 @@ def _weights(graphs: Sequence[fx.GraphModule]) -> dict[str, Tensor]:
 
 
 def _facts(head: nn.Module, graph: fx.GraphModule, target: CapturedModel, vocab_size: int) -> ModelFacts:
-    found = list(calls(graph, attention))
-    sizes = [source.meta["val"] for node in found for source in node.args[1:3]]  # type: ignore[union-attr]
     return ModelFacts(
         name=type(head).__name__, vocab_size=vocab_size, max_positions=target.facts.max_positions,
-        dtype=target.facts.dtype, device=target.facts.device, num_kv_layers=len(found),
-        bytes_per_token=sum(value.shape[1] * value.shape[3] * value.dtype.itemsize for value in sizes),
+        dtype=target.facts.dtype, device=target.facts.device, num_kv_layers=len(kept_rows(graph)),
+        bytes_per_token=bytes_per_token(graph),
     )  # fmt: skip

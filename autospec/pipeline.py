@@ -109,8 +109,8 @@ def understand(max_positions: int) -> list[Stage]:
 
 
 def understand_head() -> list[Stage]:
-    """Roles of a draft head's graph, which calls the canonical ops already."""
-    return [Stage("understand", [TagRoles()])]
+    """A draft head's graph calls the canonical ops already; what it keeps may be latents."""
+    return [Stage("understand", [RecognizeMla(), TagRoles()])]
 
 
 def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False) -> list[Stage]:

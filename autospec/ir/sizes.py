@@ -119,7 +119,7 @@ class Evaluator:
         self.symbols: dict[Any, int] = {}
         for node in module.graph.find_nodes(op="placeholder"):
             if slot_of(node).kind == "input":
-                for size, number in zip(node.meta["val"].shape, (batch, length), strict=True):
+                for size, number in zip(node.meta["val"].shape, (batch, length), strict=False):  # features follow them
                     self.symbols[size.node.expr] = number
 
     def value(self, argument: Any) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness.graphs import VOCAB, check_golden
-from harness.latents import Dims, broadcast, concatenated, latent_graph, symbol_text, two_projections, written
+from harness.graphs import VOCAB, captured_graph, check_golden, evaluate
+from harness.latents import Dims, LatentLayer, broadcast, concatenated, latent_graph, symbol_text, two_projections, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autospec.ir.caches import bytes_per_token, kept_rows
 from autospec.ir.match import argument, calls, operand
 from autospec.ir.runner import run_pass
 from autospec.kernels.attention import attention
@@ -132,3 +133,25 @@ def test_ordinary_attention_is_nobodys_business():
     module, _ = latent_graph(keys_of_their_own)
     record = run_pass(module, RecognizeMla())
     assert (record.count, record.refusals) == (0, ())
+
+
+class Head(torch.nn.Module):
+    """A draft head of one latent layer over the target's features."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = LatentLayer(Dims(), written, {})
+
+    def forward(self, input_ids, hidden, position_ids):
+        return (self.layer(hidden + input_ids[..., None], position_ids),)
+
+
+def test_a_draft_head_keeps_latents_too():
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    module, weights = captured_graph(Head(), {"input_ids": ids, "hidden": torch.zeros(2, 5, 16), "position_ids": ids.clone()})
+    inputs = {"input_ids": ids + 1, "hidden": torch.randn(2, 5, 16), "position_ids": torch.arange(5).expand(2, -1)}
+    before = evaluate(module, {**inputs, **weights})[0]
+    assert (len(kept_rows(module)), bytes_per_token(module)) == (1, 3 * (6 + 5) * 4)
+    assert run_pass(module, RecognizeMla()).count == 1
+    assert (len(kept_rows(module)), bytes_per_token(module)) == (1, (8 + 2) * 4)
+    torch.testing.assert_close(evaluate(module, {**inputs, **weights})[0], before, rtol=0, atol=2e-6)

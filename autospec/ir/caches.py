@@ -1,0 +1,26 @@
+"""What the attention calls of a captured graph keep of every token: keys and values, or a latent and its rope part."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from autospec.ir.match import calls, operand
+from autospec.kernels.attention import attention
+from autospec.kernels.latent_attention import latent_attention
+
+
+def kept_rows(module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    """Both tensors of every cache: k and v [B, Hkv, S, *], or latent and k_rope [B, S, *]; calls that share them count once."""
+    pairs = {(operand(node, 1), operand(node, 2)) for node in calls(module, attention)}
+    pairs |= {(operand(node, 2), operand(node, 3)) for node in calls(module, latent_attention)}
+    return list(pairs)
+
+
+def bytes_per_token(module: fx.GraphModule) -> int:
+    """Size of one token's rows in all caches."""
+    total = 0
+    for pair in kept_rows(module):
+        for value in (source.meta["val"] for source in pair):
+            heads = value.shape[1] if value.dim() == 4 else 1
+            total += heads * value.shape[-1] * value.dtype.itemsize
+    return total

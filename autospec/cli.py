@@ -62,8 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     _export_arguments(verbs)
 
     explain = _verb(verbs, "explain", _explain, "print what every pass did, and why not",
-                    "autospec explain bundled:target --speculation ngram --compile eager")  # fmt: skip
+                    "autospec explain bundled:target --speculation ngram --compile eager --html explained.html")  # fmt: skip
     model_arguments(explain, or_artifact=True)
+    explain.add_argument("--html", default=None, metavar="FILE", help="also write a page with every pass's diff")
+    explain.add_argument("--bench", default=None, metavar="JSON", help="what `autospec bench --json` wrote, for the page's charts")
 
     _verb(verbs, "passes", _passes, "list the passes and their options", "autospec passes")
 
@@ -263,8 +265,39 @@ def _generate(asked: argparse.Namespace) -> int:
 
 
 def _explain(asked: argparse.Namespace) -> int:
-    print(_optimized(asked).explain())
+    from autospec import debug
+    from autospec.report_html import page
+
+    bench = None if asked.bench is None else _read_bench(asked.bench)
+    with debug.keeping() as texts:
+        fast = _optimized(asked)
+        print(fast.explain())
+    if asked.html is not None:
+        artifact = getattr(fast, "artifact", None)
+        kept = [*artifact.texts(), *texts] if artifact is not None else texts
+        _write(asked.html, page(fast.target, fast.draft, fast.program, kept, bench))
+        print(f"wrote {asked.html}", file=sys.stderr)
     return 0
+
+
+def _read_bench(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            bench = json.load(file)
+        assert isinstance(bench["runs"], list)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise OptionError(f"--bench needs what `autospec bench --json` wrote: {type(error).__name__}", at=path,
+                          where="autospec explain", help="run autospec bench MODEL --json bench.json") from None  # fmt: skip
+    return bench
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise OptionError(f"the file cannot be written: {error.strerror}", at=path, where="autospec explain",
+                          help="name a file in a folder that exists") from None  # fmt: skip
 
 
 def _passes(asked: argparse.Namespace) -> int:

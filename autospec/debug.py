@@ -7,7 +7,10 @@ table   print the stage table when a program was built
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +21,23 @@ BACKENDS = ("triton", "flashinfer", "flashinfer_xqa", "flashinfer_trtllm", "flas
 
 
 @dataclass(frozen=True)
+class PassText:
+    """A graph's text before and after one pass."""
+
+    graph: str
+    stage: str
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class DebugOptions:
     dump: bool = False
     verify: bool = False
     table: bool = False
     directory: Path = Path("autospec-dump")
+    kept: list[PassText] | None = None  # where the runner puts the texts of passes that changed something
 
 
 def parse(text: str) -> DebugOptions:
@@ -39,9 +54,23 @@ def parse(text: str) -> DebugOptions:
     return DebugOptions("dump" in flags, "verify" in flags, "table" in flags, directory)
 
 
+_kept: list[PassText] | None = None
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[list[PassText]]:
+    """Programs that are built inside leave the texts of their passes in the list."""
+    global _kept
+    outer, _kept = _kept, []
+    try:
+        yield _kept
+    finally:
+        _kept = outer
+
+
 def options() -> DebugOptions:
     """The options in force, read from the environment at each build of a program."""
-    return parse(os.environ.get("AUTOSPEC_DEBUG", ""))
+    return dataclasses.replace(parse(os.environ.get("AUTOSPEC_DEBUG", "")), kept=_kept)
 
 
 def disabled_kernels() -> frozenset[str]:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import autospec
+from autospec import debug
 from autospec.aot import describe, package
-from autospec.artifact.manifest import EXPLAIN, TOKENIZER, being_written, write_manifest
+from autospec.artifact.manifest import EXPLAIN, TEXTS, TOKENIZER, being_written, write_manifest
 from autospec.artifact.values import to_json
 from autospec.artifact.weights import FILE, Checkpoint, Layout, layout_of, missing_as_json, needed, write_weights
 from autospec.assemble import Draft, build_graphs
 from autospec.config import Speculation
+from autospec.debug import PassText
 from autospec.errors import OptionError
 from autospec.hollow import names_of, on_meta
 from autospec.ir.archive import write_graph
@@ -67,11 +71,14 @@ def export_to(
     if compile not in (None, "aot"):
         raise OptionError(f"compile must be 'aot' or None, got {compile!r}", at=f"compile={compile!r}", where="autospec.export",
                           help="the portable graphs are always written")  # fmt: skip
+    texts: list[PassText] = []
     with being_written(directory, overwrite=overwrite) as folder:
         weights: dict[str, Tensor] = {}
         programs, records = [], []
-        for shape in what.shapes:
-            unlowered = build_graphs(what.target, what.draft, what.speculation, shape, what.left_out)
+        for shape in tqdm(what.shapes, desc="exporting", disable=not progress, leave=False):
+            with debug.keeping() as kept:
+                unlowered = build_graphs(what.target, what.draft, what.speculation, shape, what.left_out)
+            texts = kept if shape == what.shapes[0] else texts
             described = _write_program(folder, unlowered)
             records.append(to_json(unlowered.records))
             _merge(weights, unlowered)
@@ -83,6 +90,7 @@ def export_to(
         layout = layout_of(on_meta(weights), has=source.has if source else lambda name: False)
         write_weights(folder / FILE, layout, source.read if source else None)
         _write_explain(folder, what, records)
+        _write_texts(folder / TEXTS, texts)
         packaged = describe(folder, what.target.facts.device) if compile == "aot" else None
         _write_tokenizer(folder / TOKENIZER, what.sources.get("target", ""))
         write_manifest(folder, {**_manifest(what, programs, layout, names), "aot": packaged})
@@ -147,6 +155,16 @@ def _write_explain(folder: Path, what: Exported, programs: Iterable[Any]) -> Non
         "programs": list(programs),
     }
     (folder / EXPLAIN).write_text(json.dumps(content))
+
+
+def _write_texts(path: Path, texts: Iterable[PassText]) -> None:
+    """What the passes did to the first shape's graphs; a text that is one pass's after and the next one's before is kept once."""
+    unique: dict[str, int] = {}
+    listed = [
+        [one.graph, one.stage, one.name, unique.setdefault(one.before, len(unique)), unique.setdefault(one.after, len(unique))]
+        for one in texts
+    ]
+    path.write_bytes(gzip.compress(json.dumps({"passes": listed, "texts": list(unique)}).encode(), mtime=0))
 
 
 def _write_tokenizer(folder: Path, source: str) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from autospec.ir.passes import PassRecord
 from autospec.ir.slots import is_pages
-from autospec.program import CapturedHead, CapturedModel, Program
+from autospec.program import Described, Program
 
 
-def explain_text(target: CapturedModel, draft: CapturedModel | CapturedHead | None, program: Program) -> str:
+def explain_text(target: Described, draft: Described | None, program: Program) -> str:
     """The stage table, the refusals with their reasons, the kernels and the memory plan."""
     facts, shape = target.facts, program.shape
     lines = [
@@ -24,9 +25,42 @@ def explain_text(target: CapturedModel, draft: CapturedModel | CapturedHead | No
         "",
         *pass_table([*target.records, *(draft.records if draft else ()), *program.records]),
         "",
-        *memory_plan(target, draft, program),
+        *kernel_table(program),
+        "",
+        *memory_plan(program),
     ]
     return "\n".join(lines)
+
+
+def kernel_table(program: Program) -> list[str]:
+    """What runs each canonical op, by graph and layer; where Inductor fused a reference, its op is gone."""
+    lines = ["kernels"]
+    for graph in program.graphs.values():
+        if graph.module is None:
+            lines.append(f"  {graph.name:<14} packaged: see select-kernels above")
+            continue
+        found: dict[tuple[str, str], list[int | None]] = {}
+        for node in graph.module.graph.nodes:
+            space = getattr(node.target, "namespace", "")
+            if node.op == "call_function" and space.startswith("autospec"):
+                backend = space.partition("_")[2] or "reference"
+                found.setdefault((node.target._opname, backend), []).append(node.meta.get("layer"))
+        for (op, backend), layers in sorted(found.items()):
+            known = sorted({layer for layer in layers if layer is not None})
+            where = f"layers {ranges(known)}" if known else ""
+            lines.append(f"  {graph.name:<14} {op:<20} {backend:<12} x {len(layers):<4} {where}".rstrip())
+    return lines
+
+
+def ranges(numbers: list[int]) -> str:
+    """`0-3, 7` of ascending numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _drafts(program: Program) -> str:
@@ -51,16 +85,19 @@ def pass_table(records: Iterable[PassRecord]) -> list[str]:
     return lines
 
 
-def memory_plan(target: CapturedModel, draft: CapturedModel | CapturedHead | None, program: Program) -> list[str]:
-    """Bytes of weights, pages and the rest of the state."""
-    weights = sum(tensor.numel() * tensor.dtype.itemsize for tensor in program.weights.values())
-    total = {True: 0, False: 0}
+def memory_bytes(program: Program) -> dict[str, int]:
+    """Bytes of "weights", "pages" and other "state"."""
+    total = {"weights": sum(tensor.numel() * tensor.dtype.itemsize for tensor in program.weights.values()), "pages": 0, "state": 0}
     for slot in program.state_slots().values():
-        count = slot.dtype.itemsize
-        for size in slot.shape:
-            count *= size
-        total[is_pages(slot)] += count
-    return [f"memory: weights {weights / 1e6:.1f} MB, pages {total[True] / 1e6:.1f} MB, other state {total[False] / 1e6:.2f} MB"]
+        total["pages" if is_pages(slot) else "state"] += math.prod(slot.shape) * slot.dtype.itemsize
+    return total
+
+
+def memory_plan(program: Program) -> list[str]:
+    """Weights, pages and the rest of the state, in a line."""
+    sizes = memory_bytes(program)
+    return [f"memory: weights {sizes['weights'] / 1e6:.1f} MB, pages {sizes['pages'] / 1e6:.1f} MB, "
+            f"other state {sizes['state'] / 1e6:.2f} MB"]  # fmt: skip
 
 
 def list_passes() -> list[str]:

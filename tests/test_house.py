@@ -35,13 +35,14 @@ FLOORS = {
     "autospec.api": 6, "autospec.loaded": 6, "autospec.report": 6, "autospec.cli": 6,
     "autospec.bench": 6, "autospec.benching": 6, "autospec.bench_kernels": 6, "autospec.demo": 6,
     "autospec.zoo": 6, "autospec.tiny_models": 6, "autospec.check_draft": 6,
+    "autospec.report_html": 6, "autospec.report_charts": 6,
     "autospec.training": 6, "autospec.model_zoo.demo.evaluate": 6,
     "autospec.model_zoo.demo.train": 6, "autospec.model_zoo.demo.train_heads": 6,
 }  # fmt: skip
 
 RUNTIME_MAY_IMPORT = (
     "autospec.program", "autospec.kernels", "autospec.errors", "autospec.config", "autospec.trees", "autospec.runtime",
-    "autospec.artifact",
+    "autospec.artifact", "autospec.debug",
 )  # fmt: skip
 KERNELS_MAY_IMPORT = {"torch", "triton", "flashinfer", "autospec"}
 

@@ -22,6 +22,7 @@ from autospec.errors import ArtifactError
 FORMAT = 1  # of the directory; a reader refuses a newer one
 NAME = "manifest.json"
 EXPLAIN = "explain.json"  # what the passes did, for explain()
+TEXTS = "texts.json.gz"  # graphs before and after each pass
 TOKENIZER = "tokenizer"  # a folder
 SUFFIXES = (".json", ".jinja", ".txt", ".model", ".pt2", ".safetensors", ".so", ".gz")  # nothing that is unpickled
 

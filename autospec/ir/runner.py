@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from autospec.debug import DebugOptions
+from autospec.debug import DebugOptions, PassText
 from autospec.ir.invariants import broken_invariants
 from autospec.ir.passes import Notes, Pass, PassRecord, Stage
 from autospec.ir.text import graph_text
@@ -58,6 +58,8 @@ def run_pass(
     _hold(one, "ensures", one.ensures(module))
     if changed or debug.verify:
         _hold(one, "invariants", broken_invariants(module))
+    if changed and debug.kept is not None:
+        debug.kept.append(PassText(graph_name, stage, one.name, before, after))
     if debug.dump:
         folder = debug.directory / graph_name
         folder.mkdir(parents=True, exist_ok=True)

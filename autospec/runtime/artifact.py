@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor
 
 from autospec.artifact.machine import why_not_here
-from autospec.artifact.manifest import EXPLAIN, read_manifest, refuse
+from autospec.artifact.manifest import EXPLAIN, TEXTS, read_manifest, refuse
 from autospec.artifact.values import facts_of, from_json, slot_from
 from autospec.artifact.weights import StoredWeights
+from autospec.debug import PassText
 from autospec.errors import AutospecError
 from autospec.kernels.native import adopt
 from autospec.kernels.registry import load_all
 from autospec.program import Graph, ModelFacts, PassRecord, Program, Shape, materialise
+
+_LARGEST_TEXTS = 1 << 30  # bytes, unpacked
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,18 @@ class Artifact:
                 return [from_json(PassRecord, record) for record in told["captured"]]
             number = [program.shape for program in self.programs].index(shape)
             return [from_json(PassRecord, record) for record in told["programs"][number]]
+
+    def texts(self) -> list[PassText]:
+        """What the passes changed in the first shape's graphs."""
+        if not self.has(TEXTS):
+            return []
+        with self._described():
+            with gzip.open(self.file(TEXTS)) as file:
+                told = json.loads(file.read(_LARGEST_TEXTS))
+            return [
+                PassText(str(graph), str(stage), str(name), str(told["texts"][before]), str(told["texts"][after]))
+                for graph, stage, name, before, after in told["passes"]
+            ]
 
     def file(self, name: str) -> Path:
         """A listed file; what the manifest does not list was not checked and is never opened."""

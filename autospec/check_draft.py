@@ -22,7 +22,11 @@ PROMPT = "The history of computing began long before the first electronic machin
 
 def parser() -> argparse.ArgumentParser:
     """The verb's options."""
-    made = argparse.ArgumentParser(prog="autospec check-draft", description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    made = argparse.ArgumentParser(
+        prog="autospec check-draft", description=__doc__.split("\n", 1)[0], allow_abbrev=False,
+        epilog="example:\n  autospec check-draft bundled:target bundled:eagle3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     made.add_argument("model", help="path or hub id of the target")
     made.add_argument("head", help="path or hub id of an EAGLE-3 or Medusa head")
     made.add_argument("--prompt", default=PROMPT, help="text that the target continues")

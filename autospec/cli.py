@@ -10,6 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from autospec.errors import AutospecError, CheckpointError, OptionError
@@ -68,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--bench", default=None, metavar="JSON", help="what `autospec bench --json` wrote, for the page's charts")
 
     _verb(verbs, "passes", _passes, "list the passes and their options", "autospec passes")
+
+    run = _verb(verbs, "run", _run, "run passes on a model's captured graph, for those who write one",
+                "autospec run 'specialize-shapes{batch_size=1, q_len=4}, fold-noops' bundled:draft --dump dumps")  # fmt: skip
+    run.add_argument("passes", help="name{option=value, ...}, name, ...; `autospec passes` lists them")
+    run.add_argument("model", help="path or hub id of a causal LM; bundled:target is the demo model")
+    run.add_argument("--dump", default=None, metavar="DIR", help="write NN_pass.{before,after}.txt for every pass")
+    run.add_argument("--load", default=None, metavar="FILE", help="a Python file with passes of your own")
+    run.add_argument("--print", action="store_true", help="print the graph as it is in the end")
 
     _train_arguments(verbs)
 
@@ -304,6 +313,34 @@ def _passes(asked: argparse.Namespace) -> int:
     from autospec.report import list_passes
 
     print("\n".join(list_passes()))
+    return 0
+
+
+def _run(asked: argparse.Namespace) -> int:
+    from autospec.assemble import capture_model, copy_graph
+    from autospec.debug import DebugOptions
+    from autospec.ir.passes import Stage
+    from autospec.ir.runner import run_stages
+    from autospec.ir.text import graph_text
+    from autospec.loading import check_causal_lm, load_model
+    from autospec.pass_list import parse_passes, passes_in
+    from autospec.report import pass_table
+
+    passes = parse_passes(asked.passes, passes_in(asked.load) if asked.load else None)
+    model = load_model(asked.model, "model")
+    check_causal_lm(model)
+    graph = copy_graph(capture_model(model).graph)
+    options = DebugOptions(dump=asked.dump is not None, verify=True, directory=Path(asked.dump or "."))
+    try:
+        records = run_stages(graph, [Stage("run", passes)], graph_name="run", debug=options)
+    except AssertionError as error:
+        raise OptionError(f"a pass broke a promise: {str(error)[:200]}", at=asked.passes[:60], where="autospec run",
+                          help="an earlier pass is missing, or this one reports other than what it did") from error  # fmt: skip
+    print("\n".join(pass_table(records)))
+    if asked.print:
+        print(graph_text(graph), end="")
+    if asked.dump is not None:
+        print(f"wrote {asked.dump}/run: the graph before and after each pass")
     return 0
 
 

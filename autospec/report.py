@@ -101,15 +101,13 @@ def memory_plan(program: Program) -> list[str]:
 
 
 def list_passes() -> list[str]:
-    """Every pass of the pipeline with its first line of documentation and its options."""
-    import dataclasses
-
+    """Every pass of the pipeline with its first line of documentation, and with options as `autospec run` takes them."""
     from autospec import pipeline
+    from autospec.pass_list import option_text
 
     lines = []
     for one in pipeline.pass_types():
-        options = ", ".join(field.name for field in dataclasses.fields(one))
         lines.append(f"{one.name:<22} {(one.__doc__ or '').strip().splitlines()[0]}")
-        if options:
-            lines.append(f"{'':<22} options: {options}")
+        if "{" in (text := option_text(one)):
+            lines.append(f"{'':<22} {text}")
     return lines

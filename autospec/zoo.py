@@ -279,7 +279,10 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The verb's options."""
-    options = argparse.ArgumentParser(prog="autospec zoo", description=__doc__.splitlines()[0] if __doc__ else None)
+    options = argparse.ArgumentParser(
+        prog="autospec zoo", description=__doc__.splitlines()[0] if __doc__ else None,
+        epilog="example:\n  autospec zoo --types llama,gemma2", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     options.add_argument("--types", help="comma-separated model types; all causal-LM types by default")
     options.add_argument("--jobs", type=int, default=2, help="types at once")
     options.add_argument("--json", metavar="FILE", help="write the rows there as well")

@@ -28,7 +28,7 @@ FLOORS = {
     "autospec.passes": 3,
     "autospec.capture": 4, "autospec.decompose": 4,
     "autospec.capture_head": 4, "autospec.legality": 4, "autospec.loading": 4, "autospec.assemble": 4,
-    "autospec.frontend": 4, "autospec.exporter": 4, "autospec.aot": 4, "autospec.hollow": 4,
+    "autospec.frontend": 4, "autospec.exporter": 4, "autospec.aot": 4, "autospec.hollow": 4, "autospec.pass_list": 4,
     "autospec.pipeline": 4, "autospec.lower": 4,
     "autospec.capture_experts": 4,
     "autospec.runtime": 5,

@@ -13,6 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import autospec
+from autospec import pipeline
 from autospec.ir.build import Builder
 from autospec.ir.runner import run_pass
 from autospec.ir.slots import Slot
@@ -50,9 +51,22 @@ def test_every_draft_tree_of_the_readme_decodes_identically(monkeypatch: pytest.
         assert torch.equal(fast.generate(prompt, max_new_tokens=12, do_sample=False), expected), line
 
 
+def test_the_exported_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    assert names["output"].shape == (1, 35)
+
+
+def test_the_table_names_every_pass() -> None:
+    table = (ROOT / "README.md").read_text().partition("## The pipeline")[2].partition("\n\n[")[0]
+    for one in pipeline.pass_types():
+        assert re.search(rf"\b{one.name}\b", table), f"{one.name} is missing"
+
+
 def test_the_worked_pass_does_what_it_says() -> None:
     names: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    exec(compile(BLOCKS[3], "README.md", "exec"), names)
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())
     module.graph.output(())
     module.meta.update(fake_mode=FakeTensorMode(), device=torch.device("cpu"))

@@ -85,9 +85,9 @@ class Tile:
 def choose_tile(q_latent: Tensor, latent_pages: Tensor, page_table: Tensor) -> Tile:
     """A tile and as many splits as fill the GPU, from shapes alone: lengths stay on the device.
 
-    Not tuned, only sized: a 64 x 512 float32 accumulator takes 128 registers of each of 256 threads, and queries with two
-    stages of 64 bfloat16 rows of 576 take 216 of 227 KB of shared memory. A split keeps two blocks, since what it writes
-    for the combination (2 KB per row) soon outweighs what it reads.
+    Not tuned, only sized: a 64 x 512 float32 accumulator takes 128 registers of each of 256 threads; queries, two stages
+    of 64 bfloat16 rows of 576 and the probabilities take 224 of 227 KB of shared memory (triton 3.6: nothing is spilled).
+    A split keeps two blocks, since what it writes for the combination (2 KB per row) soon outweighs what it reads.
     """
     batch, q_len, heads, kv_lora_rank = q_latent.shape
     capacity = page_table.shape[1] * latent_pages.shape[1]
@@ -104,21 +104,6 @@ def choose_tile(q_latent: Tensor, latent_pages: Tensor, page_table: Tensor) -> T
 # B requests (i_b), N nodes, H heads that share every slot. A tile holds M rows (o_m): row r is node r // H and head r % H,
 # so that a latent row is read once for all of them; T slots (o_t); S splits of the slots (i_s); R elements of a latent
 # (o_r), which is key and value at once, and E elements of its rope part (o_e), which is key only.
-
-
-@jit
-def fold_latents(b_q, b_qe, b_c, b_e, m_visible, b_top, b_sum, b_acc, factor):
-    """One step of the online softmax in powers of two; b_top is finite, so that a row that sees nothing stays 0."""
-    b_s = tl.dot(b_q, tl.trans(b_c), input_precision="ieee")
-    b_s = tl.dot(b_qe, tl.trans(b_e), b_s, input_precision="ieee")
-    if m_visible is not None:
-        b_s = tl.where(m_visible, b_s, -float("inf"))
-    b_new = tl.maximum(b_top, tl.max(b_s, 1) * factor)  # the factor is positive, so the highest score stays the highest
-    b_p = tl.exp2(b_s * factor - b_new[:, None])
-    b_keep = tl.exp2(b_top - b_new)
-    b_sum = b_sum * b_keep + tl.sum(b_p, 1)
-    b_acc = tl.dot(b_p.to(b_c.dtype), b_c, b_acc * b_keep[:, None], input_precision="ieee")
-    return b_new, b_sum, b_acc
 
 
 @jit
@@ -159,34 +144,33 @@ def attend_latents(
     end = tl.where(first_node < valid, end, 0)
     common = kv_len if p_mask is not None else kv_len + first_node
     full, blocks = tl.minimum(common, end) // T, tl.cdiv(end, T)
-    i_masked = i_s + tl.cdiv(tl.maximum(full - i_s, 0), SPLITS) * SPLITS
     capacity = max_pages * PAGE
 
     b_top = tl.full((M,), -1.0e30, tl.float32)
     b_sum = tl.zeros((M,), tl.float32)
     b_acc = tl.zeros((M, BLOCK_R), tl.float32)
     page_0, page_1, page_2, page_3 = block_pages(p_table, i_s, capacity, T, PAGE)
-    for i_t in range(i_s, full, SPLITS):
-        b_row = row_numbers((page_0, page_1, page_2, page_3), i_t, T, PAGE, IS_WIDE)
-        page_0, page_1, page_2, page_3 = block_pages(p_table, i_t + SPLITS, capacity, T, PAGE)
-        b_c = load_rows(p_pages, b_row, None, o_r, R + E, R)
-        b_e = load_rows(p_pages + R, b_row, None, o_e, R + E, E)
-        b_top, b_sum, b_acc = fold_latents(b_q, b_qe, b_c, b_e, None, b_top, b_sum, b_acc, factor)
-
-    # Not pipelined: it is short, and its buffers would lie beside those of the loop above.
-    for i_t in tl.range(i_masked, blocks, SPLITS, num_stages=1):
+    for i_t in range(i_s, blocks, SPLITS):
         o_t = i_t * T + tl.arange(0, T)
-        m_t = o_t < end
         b_row = row_numbers((page_0, page_1, page_2, page_3), i_t, T, PAGE, IS_WIDE)
         page_0, page_1, page_2, page_3 = block_pages(p_table, i_t + SPLITS, capacity, T, PAGE)
-        if p_mask is not None:
-            m_visible = linked_nodes(p_mask, i_t, kv_len, o_tree, m_m, WORDS, T) | (o_t < kv_len)[None, :]
-        else:
-            m_visible = o_t[None, :] <= (kv_len + o_node)[:, None]
-        m_visible &= m_t[None, :]
-        b_c = load_rows(p_pages, b_row, m_t, o_r, R + E, R)
-        b_e = load_rows(p_pages + R, b_row, m_t, o_e, R + E, E)
-        b_top, b_sum, b_acc = fold_latents(b_q, b_qe, b_c, b_e, m_visible, b_top, b_sum, b_acc, factor)
+        b_c = load_rows(p_pages, b_row, o_t < end, o_r, R + E, R)
+        b_e = load_rows(p_pages + R, b_row, o_t < end, o_e, R + E, E)
+        b_s = tl.dot(b_q, tl.trans(b_c), input_precision="ieee")
+        b_s = tl.dot(b_qe, tl.trans(b_e), b_s, input_precision="ieee")
+        if i_t >= full:
+            if p_mask is not None:
+                m_visible = linked_nodes(p_mask, i_t, kv_len, o_tree, m_m, WORDS, T) | (o_t < kv_len)[None, :]
+            else:
+                m_visible = o_t[None, :] <= (kv_len + o_node)[:, None]
+            b_s = tl.where(m_visible & (o_t < end)[None, :], b_s, -float("inf"))
+        # The online softmax in powers of two; b_top is finite, so that a row that sees nothing stays 0.
+        b_new = tl.maximum(b_top, tl.max(b_s, 1) * factor)  # the factor is positive: the highest score stays the highest
+        b_p = tl.exp2(b_s * factor - b_new[:, None])
+        b_keep = tl.exp2(b_top - b_new)
+        b_sum = b_sum * b_keep + tl.sum(b_p, 1)
+        b_acc = tl.dot(b_p.to(b_c.dtype), b_c, b_acc * b_keep[:, None], input_precision="ieee")
+        b_top = b_new
 
     b_sum = tl.where(m_m, b_sum, 0.0)
     b_out = b_acc * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None]

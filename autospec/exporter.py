@@ -169,7 +169,7 @@ def _write_texts(path: Path, texts: Iterable[PassText]) -> None:
 
 def _write_tokenizer(folder: Path, source: str) -> None:
     """The tokenizer in the format of the `tokenizers` package, if the model comes with one."""
-    if not source or not Path(source).is_dir():
+    if not Path(source).is_dir() and "/" not in source:  # a class's name, where nobody knows more
         return
     from transformers import AutoTokenizer
 

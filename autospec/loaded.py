@@ -34,6 +34,11 @@ class LoadedModel(OptimizedModel):
 
     artifact: Artifact = field(kw_only=True, repr=False)
 
+    def save(self, directory: str | Path, **options: Any) -> Path:
+        """Refused: an artifact is copied as a folder."""
+        raise OptionError("a loaded model cannot be exported again", at=str(directory), where=str(self.artifact.folder),
+                          help="copy the artifact's folder, or export the model itself")  # fmt: skip
+
     def _shape(self, rows: int, longest: int, sampling: bool) -> Shape:
         """The smallest exported shape that takes the request; what samples can be greedy, too."""
         shapes = [program.shape for program in self.artifact.programs]

@@ -65,6 +65,8 @@ class Artifact:
             self.defaults: Mapping[str, Any] = self.manifest["generation_defaults"]
             self.left_out = frozenset(map(str, self.manifest["left_out"]))
             self.programs = tuple(self._programs())
+            if not self.programs:
+                raise ValueError("it lists no programs")
             stored = self.manifest["weights"]
             self.device = device or self.facts.device
             self.aot: Mapping[str, Any] | None = self.manifest["aot"]

@@ -58,6 +58,7 @@ def test_every_kind_of_drafter_comes_back(drafter: str, written: Callable[[str],
         assert saved.metrics.mean_acceptance_length == fast.metrics.mean_acceptance_length, "the drafts are the same, too"
 
 
+@pytest.mark.xdist_group("demo artifacts")
 def test_a_fresh_process_needs_no_transformers(tmp_path: Path) -> None:
     """The bundled model with three drafters, and four families, in one process."""
     options = [{"max_new_tokens": 12, "pad_token_id": 0, **one} for one in OPTIONS]
@@ -122,6 +123,11 @@ def test_mistakes_of_loading_are_told_in_four_lines(written: Callable[[str], Pat
     assert "there is no device called 'gpu'" in str(refused(OptionError, lambda: autospec.load(folder, device="gpu")))
     assert "there is no such folder" in str(refused(ArtifactError, lambda: autospec.load(tmp_path / "none")))
     assert "has no manifest.json" in str(refused(ArtifactError, lambda: autospec.load(tmp_path)))
+
+
+def test_a_loaded_model_is_not_saved_again(written: Callable[[str], Path], tmp_path: Path, refused: Any) -> None:
+    saved = autospec.load(written("ngram"), compile="eager")
+    assert "copy the artifact's folder" in str(refused(OptionError, lambda: saved.save(tmp_path / "again")))
 
 
 def test_a_loaded_model_explains_itself(written: Callable[[str], Path]) -> None:

@@ -147,6 +147,10 @@ def test_a_manifest_without_one_of_its_parts(sealed: Callable[..., Path], key: s
     assert "does not describe a program" in refusal(sealed(lambda content: content.pop(key)))
 
 
+def test_a_manifest_without_programs(sealed: Callable[..., Path]) -> None:
+    assert "does not describe a program" in refusal(sealed(lambda content: content.update(programs=[])))
+
+
 def repack(path: Path, change: Callable[[dict[str, bytes]], Any], compression: int = zipfile.ZIP_STORED) -> None:
     """Rewrite an archive after change(entries without their folder -> bytes)."""
     with zipfile.ZipFile(path) as archive:

@@ -11,6 +11,7 @@ from harness.artifacts import demo
 
 from autospec.cli import main
 
+pytestmark = pytest.mark.xdist_group("demo artifacts")
 PROMPT = "def add(a, b):"
 SCRIPT = """
 import sys

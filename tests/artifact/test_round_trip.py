@@ -60,14 +60,15 @@ def test_every_kind_of_drafter_comes_back(drafter: str, written: Callable[[str],
 
 @pytest.mark.xdist_group("demo artifacts")
 def test_a_fresh_process_needs_no_transformers(tmp_path: Path) -> None:
-    """The bundled model with three drafters, and four families, in one process."""
+    """The bundled model with three drafters, which give the same tokens, and four families; all in one process."""
     options = [{"max_new_tokens": 12, "pad_token_id": 0, **one} for one in OPTIONS]
     made, expected = [], []
-    families = map(family, ("llama", "gemma3_text", "mixtral", "gpt2"))
-    for number, fast in enumerate([*map(demo, ("ngram", "draft", "eagle3")), *families]):
+    models = [demo("ngram"), *map(family, ("llama", "gemma3_text", "mixtral", "gpt2")), demo("draft"), demo("eagle3")]
+    for number, fast in enumerate(models):
         folder = fast.save(tmp_path / str(number), max_length=64, sampling=True)
         made.append((folder, PROMPTS, options))
-        expected.append([fast.generate(PROMPTS, **one).tolist() for one in options])
+        told = expected[0] if number > 4 else [fast.generate(PROMPTS, **one).tolist() for one in options]
+        expected.append(told)
     got, loaded = elsewhere(*made)
     for (folder, _, _), tokens, wanted in zip(made, got, expected, strict=True):
         assert tokens == wanted, folder

@@ -28,7 +28,7 @@ def demo(kind: str) -> OptimizedModel:
     module, target = _demo_target()
     speculation, draft = KINDS[kind], None
     if kind == "draft":
-        draft = capture_model(load_model(speculation.speculative_model, "speculative_model"), "draft")
+        draft = capture_model(load_model(speculation.speculative_model, "speculative_model", like=module), "draft")
     if kind == "eagle3":
         draft = capture_head(load_draft_head(speculation.speculative_model, module), target)
     sources = {"target": resolve("bundled:target"), "draft": kind}
@@ -37,7 +37,7 @@ def demo(kind: str) -> OptimizedModel:
 
 @functools.cache
 def _demo_target() -> tuple[Any, CapturedModel]:
-    module = load_model("bundled:target", "model")
+    module = load_model("bundled:target", "model").float()  # stored as bfloat16, where near ties could flip
     return module, capture_model(module)
 
 

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from autospec.api import Limits, OptimizedModel, optimize
-from autospec.benching import shape
+from autospec.benching import artifact, shape
 from autospec.benching.picture import draw
 from autospec.benching.record import recorded
 from autospec.benching.results import Bench, Parts, Run
@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=WHERE, description=__doc__.split("\n", 1)[0], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="autospec bench --shape NAME times an architecture with random weights instead: see its own --help.\n\n"
+        epilog="autospec bench --shape NAME times an architecture with random weights instead: see its own --help.\n"
+               "autospec bench DIR measures an exported artifact.\n\n"
                "Several drafters: repeat --speculation; options of the draft behind one belong to it, those before the\n"
                "first to all.\n\nexample:\n  autospec bench bundled:target --speculation ngram --max-draft-len 6 "
                "\\\n    --speculation eagle3:bundled:eagle3 --dynamic-tree-max-topk 4 --max-total-draft-tokens 15",
@@ -77,6 +78,8 @@ def run(arguments: Sequence[str]) -> int:
     """Measure, print, save; 0 if all tokens are those of plain decoding."""
     if any(word.partition("=")[0] == "--shape" for word in arguments):
         return shape.run(arguments)
+    if artifact.is_asked_for(arguments):
+        return artifact.run(arguments)
     asked = parser().parse_args(arguments)
     drafters = speculations(arguments)
     _check(asked, drafters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 from harness.artifacts import demo
 
+from autospec.benching.artifact import percentiles
 from autospec.cli import main
 
 pytestmark = pytest.mark.xdist_group("demo artifacts")
 PROMPT = "def add(a, b):"
 SCRIPT = """
 import sys
+from autospec.benching.artifact import percentiles
 from autospec.cli import main
 status = main(sys.argv[1:])
 assert not [name for name in sys.modules if name.startswith("transformers")]
@@ -59,3 +62,26 @@ def test_mistakes(arguments: list[str], message: str, exported: Path, capsys: py
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-4]
     assert [line.split()[0] for line in lines[-3:]] == ["at", "in", "help"]
+
+
+def test_bench_measures_an_artifact(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text('[464, 1140, 2531]\n"import os"\n')
+    options = ["--compile", "eager", "--new-tokens", "8", "--repeats", "1", "--prompts", str(tmp_path / "p.jsonl")]
+    assert main(["bench", str(exported), *options, "--json", str(tmp_path / "bench.json")]) == 0
+    assert "loading to the first token took" in capsys.readouterr().out
+    (run,) = json.loads((tmp_path / "bench.json").read_text())["runs"]
+    assert run["tokens_per_second"] > 0
+    assert len(run["acceptance"]["per_depth"]) == 4
+    steps = run["step_seconds_percentiles"]
+    assert 0 < steps["50"] <= steps["90"] <= steps["99"]
+    assert main(["bench", str(exported), *options, "--new-tokens", "64"]) == 2
+    assert "no prompt fits 64 tokens" in capsys.readouterr().err
+    (tmp_path / "p.jsonl").write_text('{"text": 3}\n')
+    assert main(["bench", str(exported), *options]) == 2
+    assert "neither text nor token ids" in capsys.readouterr().err
+
+
+def test_percentiles() -> None:
+    assert percentiles([float(n) for n in range(1, 101)]) == {"50": 50.0, "90": 90.0, "99": 99.0}
+    assert percentiles([3.0]) == {"50": 3.0, "90": 3.0, "99": 3.0}
+    assert percentiles([]) == {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import laws, tree_laws
 from harness.laws import GREEDY, WARM
-from harness.programs import CHOICES, Plant, Workshop
+from harness.programs import Plant, Workshop
 from torch import Tensor
 
 from autospec.api import Limits, OptimizedModel
@@ -38,7 +38,7 @@ def optimized(family: str, drafter: str) -> OptimizedModel:
     captured = target(family)[2]
     plans: dict[str, tuple[CapturedModel | None, Speculation]] = {
         "plain": (None, None), "chain": (None, NGramConfig(max_draft_len=4)),
-        "tree": (captured, DraftTargetConfig(captured, eagle_choices=CHOICES)),
+        "tree": (captured, DraftTargetConfig(captured, eagle_choices=[[0], [1], [0, 0], [1, 0]])),
     }  # fmt: skip
     draft, speculation = plans[drafter]
     return OptimizedModel(captured, draft, speculation, "eager", Limits(None, None, None), {})
@@ -51,14 +51,6 @@ def test_a_token_takes_a_latent_and_a_rope_part(family: str) -> None:
     row = (config.kv_lora_rank + config.qk_rope_head_dim) * config.num_hidden_layers * 4
     assert captured.facts.bytes_per_token == row
     assert captured.facts.num_kv_layers == config.num_hidden_layers
-    fast = optimized(family, "chain")
-    fast.generate([[5, 6, 7]], max_new_tokens=2, do_sample=False, pad_token_id=0)
-    program = fast.program
-    pages = {name: slot for name, slot in program.state_slots().items() if "pages." in name}
-    tokens = program.shape.num_pages * program.shape.page_size
-    assert {name.partition(".")[0] for name in pages} == {"latent_pages"}
-    assert sum(torch.Size(slot.shape).numel() * slot.dtype.itemsize for slot in pages.values()) == tokens * row
-    assert state_bytes(captured, None, program.shape) >= tokens * row
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,21 +64,26 @@ def test_text_is_that_of_transformers(family: str) -> None:
         assert torch.equal(fast.generate(prompts, do_sample=False, **options)[:, max(PROMPT_LENS) :], expected), drafter
     warm = {**options, "do_sample": True, "temperature": 0.8, "seed": 11}
     sampled = fast.generate(prompts, **warm)
-    assert fast.metrics.mean_acceptance_length > 2.5, "a draft equal to the target is accepted along its first branch"
+    assert fast.metrics.mean_acceptance_length > 2.3, "a draft equal to the target is accepted along its first branch"
     assert torch.equal(sampled, optimized(family, "plain").generate(prompts, **warm))
     assert not torch.equal(sampled[:, max(PROMPT_LENS) :], expected)
 
 
 @pytest.mark.xdist_group("latent deepseek_v3")
-def test_experts_are_one_op_per_layer_and_spare_what_is_absent() -> None:
-    fast = optimized("deepseek_v3", "tree")
+def test_pages_hold_latents_only_and_experts_are_spared() -> None:
+    """All page buffers together take the captured bytes per token; every layer of experts is one op with spared rows."""
+    captured, fast = target("deepseek_v3")[2], optimized("deepseek_v3", "chain")
     fast.generate([[5, 6, 7]], max_new_tokens=2, do_sample=False, pad_token_id=0)
-    for graph in fast.program.graphs.values():
+    program = fast.program
+    pages = {name: slot for name, slot in program.state_slots().items() if "pages." in name}
+    size = program.shape.num_pages * program.shape.page_size * captured.facts.bytes_per_token
+    assert {name.partition(".")[0] for name in pages} == {"latent_pages"}
+    assert sum(torch.Size(slot.shape).numel() * slot.dtype.itemsize for slot in pages.values()) == size
+    assert state_bytes(captured, None, program.shape) == size + program.shape.batch_size * program.shape.token_room * 8
+    for graph in program.graphs.values():
         found = list(calls(graph.module, torch.ops.autospec_cpu.experts.default))
         assert found, f"{graph.name} has no experts"
-        spared = [node for node in found if is_call(node.args[1], aten.masked_fill)]
-        target_layers = [node for node in found if not node.meta["module"].startswith("draft")]
-        assert set(target_layers) <= set(spared)
+        assert all(is_call(node.args[1], aten.masked_fill) for node in found)
 
 
 @BOTH

@@ -95,6 +95,7 @@ class _Ranking:
         dynamic_tree_max_topk: children per node and frontier of a dynamic tree (K); None: 10.
         max_total_draft_tokens: nodes of a dynamic tree that are verified (M); None: K * max_draft_len.
         draft_temperature: divides the draft's logits before they are ranked (tau).
+        draft_quantization: "fp8" lets the draft read its weights in 8 bits, for less to read and a little less acceptance.
     """
 
     speculative_model: Any
@@ -104,6 +105,7 @@ class _Ranking:
     dynamic_tree_max_topk: int | None = field(default=None, kw_only=True)
     max_total_draft_tokens: int | None = field(default=None, kw_only=True)
     draft_temperature: float = field(default=1.0, kw_only=True)
+    draft_quantization: str | None = field(default=None, kw_only=True)
     tree: DraftTree = field(init=False, repr=False, compare=False)
 
     default_draft_len = 4
@@ -119,6 +121,9 @@ class _Ranking:
         if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < float("inf"):
             raise OptionError(f"draft_temperature must be a positive number, got {tau!r}",
                               at=f"draft_temperature={tau!r}", where=name, help="1.0 ranks by the draft as it is")  # fmt: skip
+        if self.draft_quantization not in (None, "fp8"):
+            raise OptionError(f"draft_quantization must be 'fp8' or None, got {self.draft_quantization!r:.40}",
+                              at="draft_quantization", where=name, help="the target is never quantised")  # fmt: skip
         tree = self._tree(name)
         object.__setattr__(self, "tree", tree)
         object.__setattr__(self, "max_draft_len", tree.max_draft_len)

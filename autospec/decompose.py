@@ -1,7 +1,7 @@
 """From torch.export's training graph to the functional one that the passes read.
 
 `ExportedProgram.run_decompositions` traces the whole model again with symbolic shapes: 34 of the 50 s that capturing 32
-Llama layers took on a CPU (2026-11-21). Most decoders need no more than three renamings, which are done in place here; a graph
+Llama layers took on a CPU (2026-11-21). Most decoders need no more than these renamings, which are done in place here; a graph
 with anything else that writes or that is made of smaller ops is traced again as before.
 
     %c = aten.to.dtype(%x : f32, bf16)  ->  %c = aten._to_copy(%x, dtype=bf16)
@@ -18,7 +18,8 @@ from torch import fx
 
 aten = torch.ops.aten
 _RENAMED = {aten.to.dtype, aten.to.device, aten.reshape.default}
-_KEPT = {aten.linear.default, aten.sym_size.int}  # made of smaller ops, but the passes read them as they are
+# Made of smaller ops, but kept as they are: torch keeps them, too, and the passes read them so.
+_KEPT = {aten.linear.default, aten.matmul.default, aten.sym_size.int}
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

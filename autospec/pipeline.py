@@ -31,11 +31,12 @@ from autospec.passes.fuse_rope import FuseRope
 from autospec.passes.gather_logits import GatherLogits
 from autospec.passes.mask_tree import MaskTree
 from autospec.passes.narrow_linears import NarrowLinears
-from autospec.passes.offset_draft_layers import OffsetDraftLayers
+from autospec.passes.offset_draft_layers import WEIGHT_PREFIX, OffsetDraftLayers
 from autospec.passes.pack_linears import PackLinears
 from autospec.passes.page_kv_cache import PageKvCache
 from autospec.passes.page_latent_cache import PageLatentCache
 from autospec.passes.propose_draft import ProposeNgram, ProposeNothing
+from autospec.passes.quantize_draft import QuantizeDraft
 from autospec.passes.recognize_attention import RecognizeAttention
 from autospec.passes.recognize_mla import RecognizeMla
 from autospec.passes.select_kernels import SelectKernels
@@ -196,7 +197,7 @@ def prefill(shape: Shape, facts: ModelFacts, speculation: Speculation, draft: Dr
             CommitPrompt(sizes=sizes),
         ]),
         Stage("speculate", [*drafter(shape, facts, speculation, draft, is_prefill=True), SpareDecodingRows()]),
-        *finish(),
+        *finish(speculation),
     ]  # fmt: skip
 
 
@@ -224,7 +225,7 @@ def step(
             *([SynthesizeAcceptance(sizes=sizes, rates=acceptance)] if acceptance else []),
         ]),
         Stage("speculate", drafter(shape, facts, speculation, draft, is_prefill=False)),
-        *finish(),
+        *finish(speculation),
     ]  # fmt: skip
 
 
@@ -233,15 +234,16 @@ def taps(draft: DraftParts | None) -> list[Pass]:
     return [TapHiddenStates(tap_after=draft.tap_after)] if draft is not None and draft.is_head else []
 
 
-def finish() -> list[Stage]:
+def finish(speculation: Speculation) -> list[Stage]:
     """What every graph of a program ends with."""
-    return [Stage("optimise", [FuseLinears(), FuseNeighbours(), FuseRope()]), select()]
+    quantized = [QuantizeDraft(prefix=WEIGHT_PREFIX)] if getattr(speculation, "draft_quantization", None) == "fp8" else []
+    return [Stage("optimise", [FuseLinears(), *quantized]), select()]
 
 
 def select() -> Stage:
     """The only stage that looks at the machine; a saved program runs it where it is loaded."""
     chosen = SelectKernels(disabled=disabled_kernels(), forced=forced_kernels())
-    return Stage("select", [PackLinears(), NarrowLinears(), chosen])
+    return Stage("select", [FuseNeighbours(), FuseRope(), PackLinears(), NarrowLinears(), chosen])
 
 
 def portable(stages: Sequence[Stage]) -> list[Stage]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from autospec.ir.passes import PassRecord
 from autospec.ir.slots import Slot
+from autospec.kernels.fused_linear import quantize_rows
 from autospec.kernels.packed_linear import pack
 from autospec.trees import DraftTree
 
@@ -194,11 +195,16 @@ class Program:
 
 
 def materialise(slot: Slot, weights: Mapping[str, Tensor]) -> Tensor:
-    """The tensor of a weight slot: a captured one, several concatenated, or a packed copy."""
+    """The tensor of a weight slot: a captured one, several concatenated, or a copy in another form."""
     if not slot.parts:
         return weights[slot.name]
     whole = torch.cat([weights[name] for name in slot.parts]) if len(slot.parts) > 1 else weights[slot.parts[0]]
-    return pack(whole) if slot.is_packed else whole
+    if slot.form == "panels":
+        return pack(whole)
+    if slot.form:
+        weight, scales = quantize_rows(whole)
+        return weight if slot.form == "fp8" else scales
+    return whole
 
 
 def state_bytes(target: Described, draft: Described | None, shape: Shape) -> int:

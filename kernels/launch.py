@@ -32,6 +32,11 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     return function if triton is None else triton.jit(function, **options)
 
 
+def constant(value: Any) -> Any:
+    """A module-level constant that kernels may read."""
+    return value if triton is None else tl.constexpr(value)
+
+
 @contextmanager
 def launching_directly() -> Iterator[None]:
     """Kernels are launched by Triton itself, not shown to Inductor: only so can a kernel start before the one before it ends."""

@@ -58,9 +58,11 @@ class FuseNeighbours(Pass):
         if device_of(module).type != "cuda":
             return 0
         count = 0
-        for node in calls(module, aten.linear):
+        for node in calls(module, (aten.linear, fused_linear)):
             x = node.args[0]
             assert isinstance(x, fx.Node), "a linear layer's input is a node"
+            if node.kwargs:
+                continue  # it has taken in its neighbours
             place = _Place(node, node, x)
             if (reason := place.why_not()) is not None:
                 place = _gated(place)  # a gate's rows are two weights: only together they may be whole tiles
@@ -73,8 +75,9 @@ class FuseNeighbours(Pass):
             norm = _norm_before(place)
             if norm is not None:
                 place = _prepared(module, place, norm) or _normed(place, norm) or place
-            _replace(module, place)
-            count += 1
+            if place.options or is_call(node, aten.linear):
+                _replace(module, place)
+                count += 1
         return count
 
 

@@ -52,4 +52,4 @@ class PackLinears(Pass):
 
 def packed_slot(slot: Slot) -> Slot:
     """The slot of a weight's packed copy."""
-    return dataclasses.replace(slot, name=f"{slot.name}@panels", parts=slot.parts or (slot.name,), is_packed=True)
+    return dataclasses.replace(slot, name=f"{slot.name}@panels", parts=slot.parts or (slot.name,), form="panels")

@@ -42,8 +42,10 @@ class StepBytes:
         return self.target + self.draft + self.kv
 
 
-def step_bytes(target: CapturedModel, draft: Draft | None, tree: DraftTree, batch: int, context: int) -> StepBytes:
-    """Of a step with `context` committed tokens in each of `batch` rows."""
+def step_bytes(
+    target: CapturedModel, draft: Draft | None, tree: DraftTree, batch: int, context: int, *, is_quantized: bool = False
+) -> StepBytes:
+    """Of a step with `context` committed tokens in each of `batch` rows; a quantised draft reads a byte for each weight."""
     own = weight_bytes(target.graph, target.weights)
     kv = target.facts.bytes_per_token
     if draft is None or tree.max_draft_len == 0:
@@ -54,6 +56,8 @@ def step_bytes(target: CapturedModel, draft: Draft | None, tree: DraftTree, batc
     if following is not None:  # Medusa heads run once
         weights += levels * weight_bytes(following, draft.weights)
         kv += (1 + levels) * draft.facts.bytes_per_token
+    if is_quantized:
+        weights //= draft.facts.dtype.itemsize
     return StepBytes(own, weights, kv * batch * context)
 
 

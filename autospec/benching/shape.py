@@ -53,7 +53,7 @@ from autospec.threads import limit_threads
 
 WHERE = "autospec bench --shape"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DEFAULT_DRAFTERS = ("none", "eagle3:7@3.91", "eagle3-tree:7,10,60@3.84")
+DEFAULT_DRAFTERS = ("none", "eagle3:7@3.91", "eagle3-fp8:7@3.91", "eagle3-tree:7,10,60@3.84")
 STEPS = {"cuda": 64, "cpu": 12}  # replayed steps of each row of the table
 STREAM = 16  # of them in a row, before the state is put back
 
@@ -69,7 +69,7 @@ class Drafter:
     """
 
     asked: str
-    options: dict[str, int] | None
+    options: dict[str, Any] | None
     acceptance: profile.Asked | None = None
 
 
@@ -142,7 +142,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--shape", required=True, metavar="NAME", help=f"one of {', '.join(SHAPES)}")
     made.add_argument("--speculation", nargs="+", default=DEFAULT_DRAFTERS, metavar="DRAFTER",
-                      help="none, eagle3:LENGTH (a chain), eagle3-tree:LEVELS,TOPK,NODES (a dynamic tree); @X behind it is "
+                      help="none, eagle3:LENGTH (a chain), eagle3-tree:LEVELS,TOPK,NODES (a dynamic tree), -fp8 before the "
+                           "colon (a head in float8); @X behind it is "
                            f"its --acceptance (default {' '.join(DEFAULT_DRAFTERS)})")  # fmt: skip
     made.add_argument("--acceptance", default="3.91", metavar="X",
                       help="mean acceptance length, bonus token included (a geometric profile), or falling rates by depth "
@@ -186,9 +187,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def parse_drafter(word: str) -> Drafter:
-    """`none`, `eagle3:7`, `eagle3-tree:7,10,60`, with or without `@3.91`."""
+    """`none`, `eagle3:7`, `eagle3-tree:7,10,60`, with `-fp8` for a quantised head, with or without `@3.91`."""
     name, _, acceptance = word.partition("@")
-    kind, _, sizes = name.partition(":")
+    asked, _, sizes = name.partition(":")
+    kind = asked.removesuffix("-fp8")
     fields = {"none": (), "eagle3": ("max_draft_len",),
               "eagle3-tree": ("max_draft_len", "dynamic_tree_max_topk", "max_total_draft_tokens")}  # fmt: skip
     if kind not in fields:
@@ -199,8 +201,12 @@ def parse_drafter(word: str) -> Drafter:
         numbers = []
     if len(numbers) != len(fields[kind]):
         raise OptionError(f"{kind} takes {len(fields[kind])} numbers, got '{sizes}'", at=f"--speculation {word}", where=WHERE,
-                          help="for example none, eagle3:7 or eagle3-tree:7,10,60")  # fmt: skip
-    options = dict(zip(fields[kind], numbers, strict=True)) if numbers else None
+                          help="for example none, eagle3:7, eagle3-fp8:7 or eagle3-tree:7,10,60")  # fmt: skip
+    options: dict[str, Any] | None = dict(zip(fields[kind], numbers, strict=True)) if numbers else None
+    if asked != kind:
+        if options is None:
+            raise unknown_option("--speculation", asked, fields)
+        options["draft_quantization"] = "fp8"
     return Drafter(name, options, profile.parse(acceptance) if acceptance else None)
 
 
@@ -232,7 +238,7 @@ def measure(
     """Build one program, let it generate, replay its step; nothing but the weights stays behind."""
     speculation: Speculation = None
     if drafter.options is not None:
-        speculation = Eagle3Config(loaded.head_module, **drafter.options)  # type: ignore[arg-type]
+        speculation = Eagle3Config(loaded.head_module, **drafter.options)
         check_head(speculation, loaded.head)  # type: ignore[arg-type]
     tree = tree_of(speculation)
     fast = OptimizedModel(
@@ -259,7 +265,10 @@ def measure(
     _free(asked.device)  # the caches of generate, before those of the replayed step
     times, grown = _replay(asked, program, batch)
     step = statistics.median(times)
-    read = step_bytes(loaded.target, loaded.head if speculation else None, tree, batch, asked.prompt + asked.new_tokens // 2)
+    read = step_bytes(
+        loaded.target, loaded.head if speculation else None, tree, batch, asked.prompt + asked.new_tokens // 2,
+        is_quantized=drafter.options is not None and "draft_quantization" in drafter.options,
+    )  # fmt: skip
     del program
     _free(asked.device)
     return Row(
@@ -299,7 +308,7 @@ def _shared(program: Program, loaded: Loaded) -> dict[str, Tensor]:
     known = {*loaded.target.weights, *(WEIGHT_PREFIX + name for name in head)}
     return {
         slot.name: program.weights[slot.name] for graph in program.graphs.values() for slot in graph.slots
-        if slot.kind == "weight" and (slot.parts or slot.is_packed or slot.name in known)
+        if slot.kind == "weight" and (slot.parts or slot.form or slot.name in known)
     }  # fmt: skip
 
 

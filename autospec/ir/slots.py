@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 Kind = Literal["weight", "state", "input"]
+Form = Literal["", "panels", "fp8", "fp8_scales"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Slot:
         shape, dtype: of the tensor; empty for a captured graph's symbolic inputs.
         fill: initial value of state.
         parts: names of the weights that this weight concatenates along dimension 0 (none: a captured weight).
-        is_packed: the weight is stored in a kernel library's own layout.
+        form: how the weight is stored: "", "panels" (a CPU kernel's layout), "fp8" or "fp8_scales" (`quantize_rows`).
     """
 
     kind: Kind
@@ -33,7 +34,7 @@ class Slot:
     dtype: torch.dtype = torch.float32
     fill: float = 0
     parts: tuple[str, ...] = ()
-    is_packed: bool = False
+    form: Form = ""
 
 
 def slot_of(node: fx.Node) -> Slot:

@@ -197,7 +197,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
     "misspelt top-k": ({"dynamic_tree_topk": 3}, "no option 'dynamic_tree_topk'", "did you mean 'dynamic_tree_max_topk'?"),
     "misspelt choices": ({"eagle_choice": [[0]]}, "no option 'eagle_choice'", "did you mean 'eagle_choices'?"),
     "misspelt nodes": ({"max_total_draft_token": 3}, "no option 'max_total_draft_token'", "did you mean 'max_total_draft_tokens'?"),
-    "the tree itself": ({"tree": chain(3)}, "no option 'tree'", "known: draft_temperature, dynamic_tree_max_topk"),
+    "another format": ({"draft_quantization": "int3"}, "must be 'fp8' or None, got 'int3'", "the target is never quantised"),
+    "the tree itself": ({"tree": chain(3)}, "no option 'tree'", "known: draft_quantization, draft_temperature, dynamic_tree"),
 }  # fmt: skip
 
 

@@ -55,10 +55,11 @@ RENAMED = {
     "norm": lambda x: (x.to(torch.float32) * x.float().pow(2).mean(-1, keepdim=True).rsqrt()).to(torch.bfloat16),
     "a cast to what it is": lambda x: x.to(torch.bfloat16) + 1,
     "heads": lambda x: x.view(*x.shape[:2], 2, 4).sin().reshape(*x.shape[:2], -1),
+    "a product": lambda x: torch.matmul(x, x.transpose(1, 2)),
     "sizes": lambda x: x * x.shape[1],
 }
 TRACED = {
-    "a product": lambda x: torch.matmul(x, x.transpose(1, 2)), "in place": lambda x: x.clone().add_(1),
+    "in place": lambda x: x.clone().add_(1),
     "a reshape that copies": lambda x: x.transpose(1, 2).reshape(x.shape[0], -1),
     "a forced copy": lambda x: x.to(torch.bfloat16, copy=True), "parts": lambda x: x.chunk(2, -1)[0],
     "another device's copy": lambda x: x.to("cpu", torch.float32, copy=True),

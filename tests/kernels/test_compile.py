@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
-            torch.int32: "*i32", torch.bool: "*i1", torch.float8_e4m3fn: "*fp8e4nv"}
+            torch.int32: "*i32", torch.bool: "*i1", torch.float8_e4m3fn: "*fp8e4nv", torch.uint8: "*u8"}
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have on an H100
 
 

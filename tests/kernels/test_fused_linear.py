@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autospec.kernels import fused_linear as module
 from autospec.kernels.fused_linear import MOST_NORMED, fused_linear, fused_linear_normed, why_not_triton
 
 FILE = "autospec.kernels.fused_linear"
@@ -144,3 +146,17 @@ def test_triton_on_the_gpu(cuda, rows, options, outputs, inputs):
             check(y, args)
             assert torch.equal(scaled, y * next_norm)
             torch.testing.assert_close(squares, y.float().square().unflatten(-1, (-1, 32)).sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shift", "mask", "bias"), [(torch.bfloat16, 4, 0x07F0, 2.0**120), (torch.float16, 1, 0x3F80, 2.0**8)]
+)
+def test_a_byte_of_float8_is_the_same_number_in_a_wider_type(dtype, shift, mask, bias):
+    """The arithmetic of `widen`, on every byte but the two NaNs; and the constants are those in its code."""
+    assert f"shift={shift}" in (source := inspect.getsource(module))
+    assert f"{mask:04x}{mask:04x}" in source
+    byte = torch.arange(256, dtype=torch.uint8)
+    high = byte.to(torch.int32) << 8
+    wide = (((high >> shift) & mask) | (high & 0x8000)).to(torch.uint16).view(dtype)
+    exact = byte.view(torch.float8_e4m3fn).double()
+    assert torch.equal((wide.double() * bias)[~exact.isnan()], exact[~exact.isnan()])

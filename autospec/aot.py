@@ -35,11 +35,14 @@ _IN_PYTHON = frozenset(debug.BACKENDS) - {"triton", "cpu"}
 
 
 def package(folder: Path, place: str, unlowered: Unlowered) -> dict[str, Any]:
-    """Compile the graphs of one shape into folder/place; describe them for the manifest. The graphs are changed."""
+    """Compile the graphs of one shape into folder/place; describe them for the manifest.
+
+    The graphs are changed, and what the select stage chose joins their records.
+    """
     (folder / place).mkdir(parents=True)
     known, graphs = {}, []
     for name, module in unlowered.graphs.items():
-        run_stages(module, [_select(module)], graph_name=f"{name}.aot", debug=debug.options())
+        unlowered.records += run_stages(module, [_select(module)], graph_name=f"{name}.aot", debug=debug.options())
         inline_references(module)
         declared = slots(module)
         known.update({slot.name: to_json(slot) for slot in declared})

@@ -80,10 +80,10 @@ def export_to(
                 unlowered = build_graphs(what.target, what.draft, what.speculation, shape, what.left_out)
             texts = kept if shape == what.shapes[0] else texts
             described = _write_program(folder, unlowered)
-            records.append(to_json(unlowered.records))
             _merge(weights, unlowered)
             if compile == "aot":
                 described["aot"] = package(folder, f"aot/{label(shape)}", unlowered)
+            records.append(to_json(unlowered.records))
             programs.append(described)
         names = {name: names_of(tensor) for name, tensor in weights.items()}
         source = None if checkpoint is None else Checkpoint(checkpoint, names)

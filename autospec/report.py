@@ -37,7 +37,7 @@ def kernel_table(program: Program) -> list[str]:
     lines = ["kernels"]
     for graph in program.graphs.values():
         if graph.module is None:
-            lines.append(f"  {graph.name:<14} packaged: see select-kernels above")
+            lines.append(f"  {graph.name:<14} packaged: see select-kernels of its .aot graph above")
             continue
         found: dict[tuple[str, str], list[int | None]] = {}
         for node in graph.module.graph.nodes:

@@ -60,6 +60,12 @@ def test_a_package_starts_sooner_than_a_compiler(model: Any, packaged: Path) -> 
     assert loading < from_scratch / 3
 
 
+def test_what_a_package_calls_is_explained(packaged: Path) -> None:
+    lines = autospec.load(packaged).explain().splitlines()
+    assert any(line.startswith("step_2.aot") and "select-kernels" in line for line in lines)
+    assert any("paged_attention: cpu x 1" in line for line in lines)
+
+
 def test_another_machine_falls_back_if_it_may(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from autospec.artifact import machine
 

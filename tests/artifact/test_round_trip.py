@@ -55,7 +55,8 @@ def test_every_kind_of_drafter_comes_back(drafter: str, written: Callable[[str],
     for options in OPTIONS:
         expected = fast.generate(PROMPTS, max_new_tokens=24, **options)
         assert torch.equal(saved.generate(PROMPTS, max_new_tokens=24, **options), expected), options
-        assert saved.metrics.mean_acceptance_length == fast.metrics.mean_acceptance_length, "the drafts are the same, too"
+        if drafter != "auto":  # whose draft lengths follow measured times
+            assert saved.metrics.mean_acceptance_length == fast.metrics.mean_acceptance_length, "the drafts are the same, too"
 
 
 @pytest.mark.xdist_group("demo artifacts")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from autospec.capture import (
     compare_logits,
@@ -74,6 +75,7 @@ def check_captured(
     if next(calls(graph, (attention, latent_attention)), None) is None:
         raise CaptureError("no attention was found in the model's graph", where=name,
                            help="recurrent and state-space models need state roll-back, which is not supported yet")  # fmt: skip
+    check_sizes(name, graph)
     check_counts_nothing(name, graph)
     if is_model_hollow(model):  # no numbers to compare
         return
@@ -95,6 +97,16 @@ def check_captured(
     )  # fmt: skip
     probe_split_invariance(name, model, graph, weights)
     check_cached(model)
+
+
+def check_sizes(name: str, graph: fx.GraphModule) -> None:
+    """Refuse tensors whose size depends on numbers in other tensors: a static graph has no room for them."""
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and free_unbacked_symbols(value):
+            raise CaptureError("the size of a tensor depends on the data in another", at=node_text(node),
+                               where=f"{name} {node.meta.get('module', '')}".strip(),
+                               help="a step has static shapes: select with torch.where instead of a boolean index")  # fmt: skip
 
 
 # Ops that turn the place of a token in this call into a value.

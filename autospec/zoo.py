@@ -165,7 +165,8 @@ def _worker(model_type: str, seed: int, connection: Any) -> None:
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch prints whole graphs where an export fails
+    for stream in (1, 2):  # torch prints whole graphs where an export fails, and warns on both
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     torch.set_num_threads(1)
     connection.send(check_type(model_type, seed=seed))
     connection.close()

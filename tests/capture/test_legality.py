@@ -235,6 +235,21 @@ def test_data_dependent_shapes_are_refused():
         capture_model(model)
 
 
+def test_a_boolean_index_is_refused():
+    """Export keeps it as a tensor of unknown size, which no step has room for (xmod)."""
+    model = llama()
+    mlp = model.model.layers[0].mlp
+
+    class Selects(nn.Module):
+        def forward(self, x):
+            chosen = x.sum(-1) > 0
+            return mlp(x).index_put((chosen,), mlp(x[chosen]))
+
+    model.model.layers[0].mlp = Selects()
+    with pytest.raises(CaptureError, match=r"the size of a tensor depends on the data in another"):
+        capture_model(model)
+
+
 def test_a_model_that_writes_to_its_buffers_is_refused():
     model = llama()
     mlp = model.model.layers[0].mlp

@@ -26,6 +26,7 @@ from autospec.runtime.session import Session
 from autospec.runtime.stopping import StopStrings
 from autospec.state import MAX_EOS
 from autospec.threads import limit_threads
+from autospec.trees import chain
 
 Draft = CapturedModel | CapturedHead
 
@@ -40,6 +41,7 @@ class Limits:
     max_batch_size: int | None
     max_length: int | None
     page_size: int | None
+    exact: int = 0  # nodes of every step, where steps must be equal to the bit; 0: as many as pay
 
 
 @dataclass
@@ -292,7 +294,8 @@ def shape_for(
     # A CPU reads every page of the table, so small pages waste less; on an H100 64 is up to 6% faster than 16.
     page_size = limits.page_size or (32 if on_cpu else 64)
     prefill_len = min(64 if on_cpu else 512, length)
-    return Shape(batch, length, page_size, prefill_len, tree_of(speculation), sampling)
+    tree = chain(limits.exact - 1) if limits.exact else tree_of(speculation)
+    return Shape(batch, length, page_size, prefill_len, tree, sampling, is_exact=limits.exact > 0)
 
 
 def optimize(
@@ -304,6 +307,7 @@ def optimize(
     max_length: int | None = None,
     page_size: int | None = None,
     passes: str | Sequence[str] | None = None,
+    exact: bool | int = False,
 ) -> OptimizedModel:
     """Compile a Hugging Face causal LM into a program that emits the same tokens, several per step.
 
@@ -316,11 +320,14 @@ def optimize(
         max_length: tokens per row, prompt and output together. None: grows in powers of two.
         page_size: cache rows per page.
         passes: optional passes to leave out, written "-name", such as ["-fuse-linears"]; None runs all.
+        exact: logits of a chain equal those of plain decoding to the bit, in any dtype, where both are optimised with it: every
+            step then has this many nodes (True: 8, those of a chain of 7) and sums in the same order for each.
 
     Raises:
         CaptureError: the model cannot be captured or decoded step by step, with the reason.
         OptionError, CheckpointError: an argument or a checkpoint is wrong.
     """
+    from autospec.exactness import check_exact, exact_nodes
     from autospec.frontend import capture_all
     from autospec.pipeline import left_out
 
@@ -334,9 +341,12 @@ def optimize(
             raise OptionError(f"{name} must be a positive integer, got {value!r}", at=f"{name}={value!r}",
                               where="autospec.optimize", help="leave it out to let it grow as needed")  # fmt: skip
     limit_threads()
+    nodes = exact_nodes(exact, chosen)
     captured = capture_all(model, chosen, max_length)
+    if nodes:
+        check_exact(captured.target)
     return OptimizedModel(
-        captured.target, captured.draft, chosen, compile, Limits(max_batch_size, max_length, page_size),
+        captured.target, captured.draft, chosen, compile, Limits(max_batch_size, max_length, page_size, nodes),
         captured.defaults, without, sources=captured.sources,
     )  # fmt: skip
 

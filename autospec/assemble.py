@@ -91,7 +91,7 @@ def build_graphs(
 
     parts = None if draft is None else _draft_parts(draft, target, shape, run)
     plans = {"prefill": pipeline.prefill(shape, target.facts, speculation, parts)}
-    for draft_len in pipeline.draft_lens(speculation) if not shape.cache_rows else ():
+    for draft_len in pipeline.draft_lens(speculation, shape) if not shape.cache_rows else ():
         plans[f"step_{draft_len}"] = pipeline.step(shape, target.facts, speculation, parts, draft_len, acceptance)
     graphs: dict[str, fx.GraphModule] = {}
     known = dict(target.weights)

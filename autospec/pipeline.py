@@ -14,7 +14,6 @@ from autospec.config import (
     MedusaConfig,
     NGramConfig,
     Speculation,
-    tree_of,
 )
 from autospec.debug import disabled_kernels, forced_kernels
 from autospec.errors import OptionError, unknown_option
@@ -24,6 +23,7 @@ from autospec.passes.attach_draft_head import AttachDraftHead
 from autospec.passes.attach_draft_model import AttachDraftModel
 from autospec.passes.attach_medusa_heads import AttachMedusaHeads
 from autospec.passes.bind_positions import BindPositions
+from autospec.passes.fix_order import FixOrder
 from autospec.passes.fold_noops import FoldNoops
 from autospec.passes.fuse_linears import FuseLinears
 from autospec.passes.fuse_neighbours import FuseNeighbours
@@ -197,7 +197,7 @@ def prefill(shape: Shape, facts: ModelFacts, speculation: Speculation, draft: Dr
             CommitPrompt(sizes=sizes),
         ]),
         Stage("speculate", [*drafter(shape, facts, speculation, draft, is_prefill=True), SpareDecodingRows()]),
-        *finish(speculation),
+        *finish(shape, speculation),
     ]  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def step(
             *([SynthesizeAcceptance(sizes=sizes, rates=acceptance)] if acceptance else []),
         ]),
         Stage("speculate", drafter(shape, facts, speculation, draft, is_prefill=False)),
-        *finish(speculation),
+        *finish(shape, speculation),
     ]  # fmt: skip
 
 
@@ -234,10 +234,11 @@ def taps(draft: DraftParts | None) -> list[Pass]:
     return [TapHiddenStates(tap_after=draft.tap_after)] if draft is not None and draft.is_head else []
 
 
-def finish(speculation: Speculation) -> list[Stage]:
+def finish(shape: Shape, speculation: Speculation) -> list[Stage]:
     """What every graph of a program ends with."""
     quantized = [QuantizeDraft(prefix=WEIGHT_PREFIX)] if getattr(speculation, "draft_quantization", None) == "fp8" else []
-    return [Stage("optimise", [FuseLinears(), *quantized]), select()]
+    ordered = [FixOrder()] if shape.is_exact else []
+    return [Stage("optimise", [*ordered, FuseLinears(), *quantized]), select()]
 
 
 def select() -> Stage:
@@ -298,8 +299,8 @@ def state_shape(shape: Shape, facts: ModelFacts) -> StateShape:
     )  # fmt: skip
 
 
-def draft_lens(speculation: Speculation) -> tuple[int, ...]:
+def draft_lens(speculation: Speculation, shape: Shape) -> tuple[int, ...]:
     """The draft lengths that a program for this speculation has steps for."""
     if isinstance(speculation, AutoConfig):
         return speculation.draft_lens
-    return (tree_of(speculation).max_draft_len,)
+    return (shape.tree.max_draft_len,)

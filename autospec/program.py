@@ -97,6 +97,7 @@ class Shape:
         prefill_len: prompt tokens per request in one prefill call.
         tree: the draft of the widest step.
         sampling: graphs that sample and process logits, or greedy ones that only take the argmax.
+        is_exact: a token's numbers do not depend on where in a step it stands.
         cache_rows: 0, or rows of the cache where another program owns it: one that only reads prompts into its pages.
     """
 
@@ -107,6 +108,7 @@ class Shape:
     tree: DraftTree
     sampling: bool
     cache_rows: int = 0
+    is_exact: bool = False
 
     def reader(self) -> Shape:
         """Of a program that reads one prompt at a time into the cache of this one."""

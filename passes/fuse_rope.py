@@ -17,11 +17,14 @@ from typing import Any
 from torch import fx
 
 from autospec.ir.build import Builder, device_of
-from autospec.ir.match import Op, aten, calls
+from autospec.ir.match import Op, argument, aten, calls
 from autospec.ir.passes import Notes, Pass
 from autospec.kernels.append_kv import append_kv
 from autospec.kernels.append_rotated import append_rotated
+from autospec.kernels.ordered_attention import ordered_attention
 from autospec.kernels.paged_attention import paged_attention
+
+_ATTENTION = (paged_attention, ordered_attention)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +51,13 @@ class FuseRope(Pass):
 def _fuse(module: fx.GraphModule, append: fx.Node, place: dict[fx.Node, int]) -> str | None:
     """Rewrite one layer, or say why not."""
     key, value, k_pages, v_pages, *rest = append.args
-    readers = [node for node in calls(module, paged_attention) if node.args[1] is k_pages and place[node] > place[append]]
+    readers = [
+        node for node in calls(module, _ATTENTION) if argument(node, "k_pages") is k_pages and place[node] > place[append]
+    ]
     writers = [node for node in calls(module, append_kv) if node.args[2] is k_pages]
     if len(writers) > 1 or len(readers) != 1:
         return f"{len(writers)} writers and {len(readers)} readers share the pages"
-    query = readers[0].args[0]
+    query = argument(readers[0], "q")
     found: list[dict[str, Any]] = []
     for name, rotated in (("keys", key), ("queries", query)):
         one: dict[str, Any] = {}
@@ -68,7 +73,7 @@ def _fuse(module: fx.GraphModule, append: fx.Node, place: dict[fx.Node, int]) ->
     q, k = (builder.call(aten.transpose.int, one["x"], 1, 2) for one in (queries, keys))
     new = builder.call(append_rotated, q, k, value, keys["cos"], keys["sin"], k_pages, v_pages, *rest)
     new.meta.update({name: meta for name, meta in append.meta.items() if name != "val"})
-    query.replace_all_uses_with(new)  # type: ignore[union-attr]
+    query.replace_all_uses_with(new)
     module.graph.erase_node(append)
     return None
 

@@ -26,7 +26,7 @@ FLOORS = {
     "autospec.model_zoo": 2, "autospec.program": 2, "autospec.state": 2, "autospec.heads": 2, "autospec.drafting": 2,
     "autospec.artifact": 2,
     "autospec.passes": 3,
-    "autospec.capture": 4, "autospec.decompose": 4,
+    "autospec.capture": 4, "autospec.decompose": 4, "autospec.exactness": 4,
     "autospec.capture_head": 4, "autospec.legality": 4, "autospec.loading": 4, "autospec.assemble": 4,
     "autospec.frontend": 4, "autospec.exporter": 4, "autospec.aot": 4, "autospec.hollow": 4, "autospec.pass_list": 4,
     "autospec.pipeline": 4, "autospec.lower": 4,

@@ -44,6 +44,7 @@ from autospec.benching.steps import Frozen, only_step
 from autospec.capture_head import capture_head
 from autospec.config import Eagle3Config, Speculation, tree_of
 from autospec.errors import OptionError, unknown_option
+from autospec.exactness import exact_nodes
 from autospec.kernels.launch import triton
 from autospec.loading import check_head
 from autospec.model_zoo.shapes import SHAPES
@@ -151,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=_sizes, default=(1,), metavar="B,B,...", help="prompts at once (default 1)")
     made.add_argument("--prompt", type=int, default=512, help="tokens of each prompt (default 512)")
     made.add_argument("--new-tokens", type=int, default=512, help="tokens to decode of each (default 512)")
+    made.add_argument("--exact", action="store_true", help="with exact=True: what bits that do not depend on the draft cost")
     made.add_argument("--rounds", type=int, default=5, help="timed calls; the median counts (default 5)")
     made.add_argument("--dtype", default=None, choices=DTYPES, help="of the weights (default bf16; fp32 on a CPU)")
     made.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
@@ -243,7 +245,7 @@ def measure(
     tree = tree_of(speculation)
     fast = OptimizedModel(
         loaded.target, loaded.head if speculation else None, speculation, asked.compile,
-        Limits(batch, asked.prompt + asked.new_tokens, None), {}, _weights=dict(loaded.weights), _acceptance=rates,
+        Limits(batch, asked.prompt + asked.new_tokens, None, exact_nodes(asked.exact, speculation)), {}, _weights=dict(loaded.weights), _acceptance=rates,
     )  # fmt: skip
     with fresh_cache() if asked.cold else contextlib.nullcontext():
         start_up = _start(fast, _prompts(asked, loaded, batch, 0), loaded)

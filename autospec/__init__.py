@@ -14,14 +14,14 @@ __version__ = "0.1.0"
 _HOME = {
     "optimize": "api", "OptimizedModel": "api", "export": "api", "load": "loaded", "LoadedModel": "loaded",
     "NGramConfig": "config", "DraftTargetConfig": "config", "AutoConfig": "config",
-    "Eagle3Config": "config", "MedusaConfig": "config",
+    "Eagle3Config": "config", "MedusaConfig": "config", "MTPConfig": "config",
     "AutospecError": "errors", "CaptureError": "errors", "OptionError": "errors", "CapacityError": "errors",
     "CheckpointError": "errors", "LoweringError": "errors", "ArtifactError": "errors",
 }  # fmt: skip
 
 if TYPE_CHECKING:
     from autospec.api import OptimizedModel, export, optimize
-    from autospec.config import AutoConfig, DraftTargetConfig, Eagle3Config, MedusaConfig, NGramConfig
+    from autospec.config import AutoConfig, DraftTargetConfig, Eagle3Config, MedusaConfig, MTPConfig, NGramConfig
     from autospec.errors import (
         ArtifactError,
         AutospecError,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArtifactError", "AutoConfig", "AutospecError", "CapacityError", "CaptureError", "CheckpointError", "DraftTargetConfig",
-    "Eagle3Config", "LoadedModel", "LoweringError", "MedusaConfig", "NGramConfig", "OptimizedModel", "OptionError", "export",
+    "Eagle3Config", "LoadedModel", "LoweringError", "MTPConfig", "MedusaConfig", "NGramConfig", "OptimizedModel", "OptionError", "export",
     "load", "optimize",
 ]  # fmt: skip
 

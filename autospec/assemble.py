@@ -142,14 +142,25 @@ def _draft_parts(
     if draft.following is None:
         heads = run(draft.first, pipeline.medusa_heads(shape), "medusa_heads")
         return DraftParts(draft.facts, heads, {}, heads, is_head=True)
-    rows = shape.tree.max_draft_len + 1
+    rows, tree = shape.tree.max_draft_len + 1, shape.tree
+    modules = (draft.following, *draft.deeper)
+    offsets = [offset + index * draft.facts.num_kv_layers // len(modules) for index in range(len(modules))]
+    deeper = list(zip(draft.deeper, offsets[1:], strict=True))
+    regrow = []
+    for level in range(tree.max_draft_len - 1 if deeper else 0):
+        number, grown = (level + 1) % len(modules), sum(tree.rows_at(below) for below in range(level + 1))
+        plan = pipeline.draft_level(shape, grown, offsets[number])
+        regrow.append(run(modules[number], plan, f"draft_level_{level}"))
     return DraftParts(
         draft.facts,
         run(draft.first, pipeline.head_catch_up(shape, rows, offset), "draft_catch_up"),
-        levels(draft.following),
+        {} if deeper else levels(draft.following),
         run(draft.first, pipeline.head_catch_up(shape, shape.prefill_len, offset), "draft_prefill"),
         is_head=True,
         tap_after=draft.tap_after,
+        fill=tuple(run(one, pipeline.head_fill(shape, rows, at), "draft_fill") for one, at in deeper),
+        fill_prefill=tuple(run(one, pipeline.head_fill(shape, shape.prefill_len, at), "draft_fill") for one, at in deeper),
+        regrow=tuple(regrow),
         d2t=None if draft.d2t is None else Slot("weight", D2T, tuple(draft.d2t.shape), torch.int64),
     )
 

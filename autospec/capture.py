@@ -157,6 +157,25 @@ def through_interfaces(model: Any, experts: str = capture_experts.INTERFACE) -> 
 
 
 @contextlib.contextmanager
+def layers_through_interfaces(model: Any) -> Iterator[None]:
+    """Route layers of this model's classes that are exported by themselves; their attention is causal.
+
+    Raises:
+        CaptureError: the model does not support the attention interface.
+    """
+    global _recorder
+    with through_interfaces(model) as routed, rotary_within(model) as switch:
+        if not routed:
+            raise CaptureError("the model's layers do not call attention through transformers' interface", at="draft head",
+                               where=type(model).__name__, help="draft with something else than MTP modules")  # fmt: skip
+        _recorder = _Recorder(switch or max_positions_of(model))
+        try:
+            yield
+        finally:
+            _recorder = None
+
+
+@contextlib.contextmanager
 def rotary_within(model: Any) -> Iterator[int | None]:
     """Keep rotary embeddings that change with the longest position (longrope, dynamic) as they are for short texts.
 

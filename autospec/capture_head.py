@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from autospec import debug, pipeline
-from autospec.capture import EXAMPLE_SHAPE, with_slots
+from autospec.capture import EXAMPLE_SHAPE, layers_through_interfaces, with_slots
 from autospec.decompose import functional
 from autospec.errors import CaptureError, OptionError
 from autospec.heads.eagle3 import Eagle3Head
 from autospec.heads.medusa import MedusaHeads
+from autospec.heads.mtp import MTPHead
 from autospec.ir.caches import bytes_per_token, kept_rows
 from autospec.ir.match import operand
 from autospec.ir.roles import the
@@ -46,9 +49,11 @@ def capture_head(head: Any, target: CapturedModel) -> CapturedHead:
         captured = _capture_eagle3(head, target)
     elif isinstance(head, MedusaHeads):
         captured = _capture_medusa(head, target)
+    elif isinstance(head, MTPHead):
+        captured = _capture_mtp(head, target)
     else:
         raise OptionError(f"{type(head).__name__} is no draft head", at="speculative_model", where="autospec.optimize",
-                          help="give a folder, an Eagle3Head or MedusaHeads")  # fmt: skip
+                          help="give a folder, an Eagle3Head, MedusaHeads or an MTPHead")  # fmt: skip
     for reason in missing_taps(target.graph, captured.tap_after):
         raise CaptureError(reason, at=f"tap_after={captured.tap_after}", where=target.facts.name,
                            help="a draft head needs hidden states that this model's graph does not show")  # fmt: skip
@@ -98,6 +103,26 @@ def _capture_medusa(head: MedusaHeads, target: CapturedModel) -> CapturedHead:
     graph = _export(head, head.forward, ("taps",), (torch.zeros(*EXAMPLE_SHAPE, head.hidden_size),), target)
     facts = _facts(head, graph, target, head.vocab_size)
     return CapturedHead(graph, None, _weights([graph]), facts, max_draft_len=head.num_heads)
+
+
+def _capture_mtp(head: MTPHead, target: CapturedModel) -> CapturedHead:
+    ids = torch.zeros(EXAMPLE_SHAPE, dtype=torch.int64)
+    positions = torch.arange(EXAMPLE_SHAPE[1]).expand(EXAMPLE_SHAPE).contiguous()
+    hidden = torch.zeros(*EXAMPLE_SHAPE, head.hidden_size)
+
+    def export(depth: int, source: str) -> fx.GraphModule:
+        run = functools.partial(head.forward, depth)
+        return _export(head, run, ("input_ids", source, "position_ids"), (ids, hidden, positions), target)
+
+    with layers_through_interfaces(head.target):
+        first, following = export(0, "taps"), export(0, "hidden")
+        deeper = tuple(export(depth, "hidden") for depth in range(1, len(head.depths)))
+    every = [_facts(head, graph, target, target.facts.vocab_size) for graph in (first, *deeper)]
+    facts = replace(
+        every[0], num_kv_layers=sum(one.num_kv_layers for one in every),
+        bytes_per_token=sum(one.bytes_per_token for one in every),
+    )  # fmt: skip
+    return CapturedHead(first, following, _weights([first, following, *deeper]), facts, deeper=deeper)
 
 
 def _export(

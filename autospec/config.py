@@ -109,10 +109,11 @@ class _Ranking:
     tree: DraftTree = field(init=False, repr=False, compare=False)
 
     default_draft_len = 4
+    is_in_the_checkpoint = False  # without a speculative_model, the target's own checkpoint has the draft
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.speculative_model is None:
+        if self.speculative_model is None and not self.is_in_the_checkpoint:
             raise OptionError(f"{name} needs a draft", at="speculative_model=None", where=name,
                               help="pass what is loaded already, or a path to it")  # fmt: skip
         if self.max_draft_len is not None:
@@ -205,6 +206,33 @@ class MedusaConfig(_Ranking):
 
 @_checked
 @dataclass(frozen=True)
+class MTPConfig(_Ranking):
+    """Draft with the multi-token-prediction modules that come with a checkpoint (DeepSeek-V3, GLM, Qwen3-Next, MiMo).
+
+    Args:
+        speculative_model: a folder or hub id of a checkpoint with such modules, or a loaded autospec.heads.mtp.MTPHead;
+            None: the checkpoint that the target was loaded from.
+        max_draft_len ... draft_temperature: chain, static or dynamic tree; a chain of 3 unless said otherwise. There
+            may be more levels than modules.
+        use_mtp_vanilla: module i guesses level i, the first one again beyond the last; False: the first module guesses
+            all levels. They differ where a checkpoint has several modules.
+    """
+
+    speculative_model: Any = None
+    use_mtp_vanilla: bool = field(default=True, kw_only=True)
+
+    default_draft_len = 3
+    is_in_the_checkpoint = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.use_mtp_vanilla, bool):
+            raise OptionError(f"use_mtp_vanilla must be True or False, got {self.use_mtp_vanilla!r}", where="MTPConfig",
+                              at=f"use_mtp_vanilla={self.use_mtp_vanilla!r:.40}", help="or leave it out")  # fmt: skip
+
+
+@_checked
+@dataclass(frozen=True)
 class AutoConfig:
     """What `speculation="auto"` stands for: n-gram drafts whose length follows the measured acceptance.
 
@@ -230,8 +258,8 @@ class AutoConfig:
         tree_of(self)
 
 
-Ranking = DraftTargetConfig | Eagle3Config | MedusaConfig
-Speculation = NGramConfig | DraftTargetConfig | Eagle3Config | MedusaConfig | AutoConfig | None
+Ranking = DraftTargetConfig | Eagle3Config | MedusaConfig | MTPConfig
+Speculation = NGramConfig | DraftTargetConfig | Eagle3Config | MedusaConfig | MTPConfig | AutoConfig | None
 
 
 def tree_of(speculation: Speculation) -> DraftTree:
@@ -245,7 +273,7 @@ def tree_of(speculation: Speculation) -> DraftTree:
 
 def parse_speculation(value: object) -> Speculation:
     """`"auto"`, `"ngram"`, `None` or a configuration, as given to `autospec.optimize`."""
-    if value is None or isinstance(value, (NGramConfig, DraftTargetConfig, Eagle3Config, MedusaConfig, AutoConfig)):
+    if value is None or isinstance(value, (NGramConfig, DraftTargetConfig, Eagle3Config, MedusaConfig, MTPConfig, AutoConfig)):
         return value
     named = {"auto": AutoConfig, "ngram": NGramConfig}
     if isinstance(value, str):

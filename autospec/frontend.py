@@ -8,10 +8,10 @@ from typing import Any
 
 from autospec.assemble import Draft, capture_model
 from autospec.capture_head import capture_head
-from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, Speculation
+from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, MTPConfig, Speculation
 from autospec.errors import CapacityError
 from autospec.hollow import filled
-from autospec.loading import check_causal_lm, check_children, check_draft, check_head, draft_layers, load_draft_head, load_model
+from autospec.loading import check_causal_lm, check_children, check_draft, check_head, draft_layers, load_draft_head, load_model, load_mtp_modules
 from autospec.program import CapturedModel
 
 
@@ -52,6 +52,11 @@ def _capture(module: Any, speculation: Speculation, max_length: int | None) -> C
         draft = capture_head(head, target)
         check_head(speculation, draft)
         sources["draft"] = _source(head, speculation.speculative_model)
+    if isinstance(speculation, MTPConfig):
+        modules = load_mtp_modules(speculation, module)
+        draft = capture_head(modules, target)
+        check_head(speculation, draft)
+        sources["draft"] = modules.report.source if modules.report else _source(modules)
     if isinstance(speculation, DraftTargetConfig):
         draft_module = load_model(speculation.speculative_model, "speculative_model", like=module)
         check_draft(module, draft_module)

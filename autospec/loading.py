@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from autospec.capture import text_config
-from autospec.config import Eagle3Config, MedusaConfig, Ranking
+from autospec.config import Eagle3Config, MedusaConfig, MTPConfig, Ranking
 from autospec.errors import CaptureError, CheckpointError, OptionError
 from autospec.heads.checkpoint import load_head
+from autospec.heads.mtp import MTPHead
+from autospec.heads.mtp_files import load_mtp
 from autospec.hollow import parameters_on_meta
 from autospec.model_zoo.bundled import resolve
 from autospec.program import CapturedHead
@@ -137,12 +139,37 @@ def load_draft_head(source: Any, target: Any) -> Any:
     ).eval()  # fmt: skip
 
 
-def check_head(config: Eagle3Config | MedusaConfig, head: CapturedHead) -> None:
+def load_mtp_modules(config: MTPConfig, target: Any) -> MTPHead:
+    """The modules themselves, or as many as the draft can use of those in a checkpoint, by default the target's own."""
+    source = config.speculative_model
+    assert config.max_draft_len is not None, "a configuration fills it in"
+    most = config.max_draft_len if config.use_mtp_vanilla else 1
+    if isinstance(source, MTPHead):
+        return source.first(most)
+    if source is None:
+        source = getattr(target.config, "_name_or_path", "")
+        if not source:
+            raise OptionError("the target does not say which checkpoint it was loaded from", at="speculative_model=None",
+                              where="MTPConfig", help="name the one with MTP modules: MTPConfig(speculative_model=PATH)")  # fmt: skip
+    if not isinstance(source, (str, Path)):
+        raise OptionError(f"speculative_model must be an MTPHead or a path, got {type(source).__name__}",
+                          at=f"speculative_model={source!r:.60}", where="MTPConfig",
+                          help="name a checkpoint's folder or hub id")  # fmt: skip
+    return load_mtp(resolve(str(source)), target, most)
+
+
+# Heads by the name in their facts: what they are called, and the configuration that takes them.
+_KINDS = {
+    "Eagle3Head": ("an EAGLE-3 head", "Eagle3Config"), "MedusaHeads": ("Medusa heads", "MedusaConfig"),
+    "MTPHead": ("MTP modules", "MTPConfig"),
+}  # fmt: skip
+
+
+def check_head(config: Eagle3Config | MedusaConfig | MTPConfig, head: CapturedHead) -> None:
     """The draft that is asked for must be one the head can make."""
     tree, name = config.tree, type(config).__name__
-    is_medusa = head.following is None
-    if is_medusa != isinstance(config, MedusaConfig):
-        kind, other = ("Medusa heads", "MedusaConfig") if is_medusa else ("an EAGLE-3 head", "Eagle3Config")
+    kind, other = _KINDS[head.facts.name]
+    if other != name:
         raise OptionError(f"{name} was given {kind}", at=f"speculative_model={config.speculative_model!r:.60}", where=name,
                           help=f"use autospec.{other}")  # fmt: skip
     if head.max_draft_len is not None and tree.max_draft_len > head.max_draft_len:

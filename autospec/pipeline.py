@@ -12,6 +12,7 @@ from autospec.config import (
     DraftTargetConfig,
     Eagle3Config,
     MedusaConfig,
+    MTPConfig,
     NGramConfig,
     Speculation,
 )
@@ -61,6 +62,8 @@ class DraftParts:
         expand: where it runs one level of nodes, by their number.
         prefill: where it reads a chunk of the prompt.
         tap_after, d2t: of a head.
+        fill, fill_prefill: further modules of a head where they only keep their caches, in a step and in a chunk.
+        regrow: by level, the module that guesses there on all rows that the draft has grown so far.
         is_head: it reads the target's hidden states.
     """
 
@@ -71,6 +74,9 @@ class DraftParts:
     is_head: bool = False
     tap_after: tuple[int, ...] = ()
     d2t: Slot | None = None
+    fill: tuple[fx.GraphModule, ...] = ()
+    fill_prefill: tuple[fx.GraphModule, ...] = ()
+    regrow: tuple[fx.GraphModule, ...] = ()
 
 
 def pass_types() -> list[type[Pass]]:
@@ -163,6 +169,14 @@ def head_catch_up(shape: Shape, rows: int, layer_idx_offset: int) -> list[Stage]
         Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset),
                             GatherLogits(given_for=shape.batch_size), spare(shape, rows)]),
     ]  # fmt: skip
+
+
+def head_fill(shape: Shape, rows: int, layer_idx_offset: int) -> list[Stage]:
+    """A further module of a head on the same rows: nothing that it computes but its K/V is read."""
+    return [
+        *specialise(shape, rows, is_length_given=True),
+        Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset)]),
+    ]
 
 
 def spare(shape: Shape, q_len: int) -> SpareExperts:
@@ -265,12 +279,13 @@ def drafter(
                 draft_temperature=speculation.draft_temperature,
             )
         ]  # fmt: skip
-    if isinstance(speculation, Eagle3Config):
+    if isinstance(speculation, (Eagle3Config, MTPConfig)):
         assert draft is not None, "a head needs its parts"
         return [
             AttachDraftHead(
                 sizes=state_shape(shape, facts), max_position=draft.facts.max_positions,
                 catch_up=draft.prefill if is_prefill else draft.catch_up, expand=draft.expand, d2t=draft.d2t,
+                fill=draft.fill_prefill if is_prefill else draft.fill, regrow=draft.regrow,
                 draft_temperature=speculation.draft_temperature,
             )
         ]  # fmt: skip

@@ -73,6 +73,8 @@ class CapturedHead:
         following: input_ids, hidden, position_ids -> logits, hidden: its own output comes in. None: Medusa.
         tap_after: target layers whose output is read; (): what the target's lm_head reads.
         d2t: offsets of the draft vocabulary, [draft_vocab] int64; None: it is the target's.
+        deeper: the inputs and outputs of `following`: module i has weights and KV layers of its own and guesses level
+            i + 1 of the draft (beyond the last, `first` again); (): one network guesses all levels.
         max_draft_len: how deep it can guess; None: any.
     """
 
@@ -82,6 +84,7 @@ class CapturedHead:
     facts: ModelFacts
     tap_after: tuple[int, ...] = ()
     d2t: Tensor | None = None
+    deeper: tuple[fx.GraphModule, ...] = ()
     max_draft_len: int | None = None
     records: tuple[PassRecord, ...] = ()
 

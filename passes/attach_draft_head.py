@@ -1,4 +1,4 @@
-"""Splice an EAGLE-3 head into the target's graph as its drafter.
+"""Splice a head that reads the target's hidden states (EAGLE-3, MTP) into its graph as its drafter.
 
     return [%emitted, %taps]   ->   %t = %taps[path of the accepted nodes]               catch-up: row t pairs the
                                     %l0, %h0 = head(%tokens[n + 1 ...], fuse(%t))         target's feature t with token t + 1
@@ -8,14 +8,18 @@
 
     (prefill)                       the same behind every chunk: its last row takes the next chunk's first token
 
+    (several MTP modules)           every module runs the catch-up's rows, the later ones for their K/V alone;
+                                    %l1, %h1 = module_1(%c0, %h0);  %l2, %h2 = module_2([%c0, %c1], [%h0, %h1])
+
 Legal: a draft never changes what is emitted; the head's KV layers and weights have names of their own. At a step's
 boundary its cache holds kv_lens rows. Rows of draft nodes are dropped by length and run again from the target's own
-features; rows past the accepted ones write garbage above the length, which nothing sees.
+features; rows past the accepted ones write garbage above the length, which nothing sees. A module that guesses one level
+has not seen the draft's earlier levels: it runs all rows grown so far, each on the hidden state that it hung from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -40,6 +44,8 @@ class AttachDraftHead(Pass):
     max_position: int
     catch_up: fx.GraphModule = field(repr=False, compare=False)  # input_ids, taps [B, C] -> last row's logits, hidden
     expand: Mapping[int, fx.GraphModule] = field(repr=False, compare=False)  # input_ids, hidden [B, R], by R
+    fill: tuple[fx.GraphModule, ...] = field(default=(), repr=False, compare=False)  # input_ids, hidden; K/V is kept
+    regrow: tuple[fx.GraphModule, ...] = field(default=(), repr=False, compare=False)  # by level, on all rows so far
     d2t: Slot | None = None
     draft_temperature: float = 1.0
 
@@ -60,11 +66,18 @@ class AttachDraftHead(Pass):
             "position_ids": builder.call(node_positions, known.start, rows, self.max_position),
         }  # fmt: skip
         logits, recycled = splice(builder, self.catch_up, inputs)
+        for part in self.fill:
+            splice(builder, part, {**inputs, "hidden": known.taps})
         hidden = builder.call(last_rows, recycled, known.count)
+        grown: list[tuple[fx.Node, fx.Node]] = []  # tokens and hidden states of every level so far
 
         def level(nodes: Frontier) -> fx.Node:
             nonlocal hidden
-            logits, hidden = self._level(builder, kv_lens, nodes, hidden)
+            if self.fill:
+                grown.append((nodes.tokens, builder.call(gather_rows, hidden, nodes.parents)))
+                logits, hidden = self._regrown(builder, kv_lens, nodes, grown)
+            else:
+                logits, hidden = self._level(builder, kv_lens, nodes, hidden)
             return logits
 
         d2t = None if self.d2t is None else builder.slot(self.d2t)
@@ -87,6 +100,23 @@ class AttachDraftHead(Pass):
             inputs["position_ids"] = builder.call(node_positions, place, count, self.max_position, siblings)
             inputs |= {"kv_lens": kv_lens, "append_lens": append, "tree_mask": nodes.tree_mask}
         return splice(builder, self.expand[count], inputs)
+
+    def _regrown(
+        self, builder: Builder, kv_lens: fx.Node, nodes: Frontier, grown: Sequence[tuple[fx.Node, fx.Node]]
+    ) -> list[fx.Node]:
+        """The same for a module that runs this level first: all rows grown so far, of which the last ones are returned."""
+        call, last = builder.call, nodes.first + nodes.tokens.meta["val"].shape[1]
+        tokens, hidden = (call(aten.cat.default, [pair[index] for pair in grown], 1) for index in (0, 1))
+        inputs = {"input_ids": tokens, "hidden": hidden, "kv_lens": kv_lens}
+        if nodes.tree_mask is None:
+            inputs["position_ids"] = call(node_positions, kv_lens, last, self.max_position)
+        else:
+            depth = [call(aten.full_like.default, pair[0], level) for level, pair in enumerate(grown)]
+            depths = call(aten.cat.default, depth, 1)
+            inputs["position_ids"] = call(node_positions, kv_lens, last, self.max_position, depths)
+            inputs |= {"append_lens": kv_lens, "tree_mask": nodes.tree_mask}
+        found = splice(builder, self.regrow[nodes.level], inputs)
+        return [call(aten.slice.Tensor, one, 1, nodes.first, last) for one in found]
 
     def ensures(self, module: fx.GraphModule) -> Iterable[str]:
         if with_role(module, "taps") and len(module.graph.output_node().args[0]) > 1:  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ and the report on the head names the assumption.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from autospec.errors import CheckpointError, OptionError, unknown_option
 from autospec.heads.eagle3 import Eagle3Head, Eagle3Spec
-from autospec.heads.files import HeadFiles, read_head, write_head
+from autospec.heads.files import HeadFiles, check_tensors, read_head, write_head
 from autospec.heads.medusa import MedusaHeads
 from autospec.heads.report import HeadReport
 from autospec.heads.vocabulary import checked_d2t, t2d_of
@@ -167,31 +166,6 @@ def _renamed(files: HeadFiles) -> dict[str, Tensor]:
     return tensors
 
 
-def _fit(
-    files: HeadFiles, layout: HeadLayout, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], spell: Mapping[str, str]
-) -> None:
-    """Every tensor has a place and its shape, or one error lists all that do not."""
-    missing = [spell[name] for name in wanted if name not in found]
-    extra = [spell.get(name, name) for name in found if name not in wanted]
-    misshapen = [
-        f"{spell[name]} {list(found[name].shape)} instead of {list(value.shape)}"
-        for name, value in wanted.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    faults = [f"{what} {_some(names)}" for what, names in
-              (("it lacks", missing), ("it has the unknown", extra), ("misshapen are", misshapen)) if names]  # fmt: skip
-    if faults:
-        raise CheckpointError(
-            f"the tensors do not fit: {'; '.join(faults)}", at=files.where, where=f"draft head, {layout.name} layout",
-            help="compare config.json with the weights, and the target with the one that the head was trained for",
-        )  # fmt: skip
-
-
-def _some(names: Iterable[str], most: int = 12) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 # EAGLE-3
 
 
@@ -235,7 +209,7 @@ def _load_eagle3(files: HeadFiles, layout: HeadLayout, target: _Target) -> Eagle
                        "download config.json again") from error  # fmt: skip
     wanted = head.own_state()
     found = {name: value for name, value in tensors.items() if name not in shared}
-    _fit(files, layout, found, wanted, {name: _theirs(name, layout) for name in (*wanted, *found)})
+    check_tensors(files.where, layout.name, found, wanted, {name: _theirs(name, layout) for name in (*wanted, *found)})
     head.load_state_dict({name: target.like(value) for name, value in found.items()}, strict=False, assign=True)
     head.d2t = None if d2t is None else d2t.to(target.device)
     head.report = HeadReport(source=files.where, layout=layout.name, tap_convention=convention, tap_after=tap_after,
@@ -395,7 +369,7 @@ def _load_medusa(files: HeadFiles, layout: HeadLayout, target: _Target) -> Medus
     names = {name: _medusa_name(name, num_layers) for name in wanted}
     ours = {theirs: name for name, theirs in names.items()}
     found = {ours.get(name, name): value for name, value in tensors.items()}
-    _fit(files, layout, found, wanted, {**{name: name for name in found}, **names})
+    check_tensors(files.where, layout.name, found, wanted, {**{name: name for name in found}, **names})
     heads.load_state_dict({name: target.like(value) for name, value in found.items()}, strict=False, assign=True)
     shared = () if lent is None else tuple(finals)
     heads.report = HeadReport(source=files.where, layout=layout.name, shared=shared, notes=tuple(notes))

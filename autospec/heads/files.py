@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,54 @@ def read_head(source: str | Path) -> HeadFiles:
     for file in files:
         tensors |= _read_tensors(file)
     return HeadFiles(str(source), config, tensors)
+
+
+def tensor_names(source: str | Path) -> tuple[Path, dict[str, Path]]:
+    """A checkpoint's folder, and every tensor's name in it with the file that holds it; no tensor is read."""
+    path = _local(source)
+    folder, files = (path.parent, [path]) if path.is_file() else (path, _weight_files(path))
+    found: dict[str, Path] = {}
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise CheckpointError("only safetensors are read piece by piece", at=str(file), where="draft head",
+                                  help="save the model again with save_pretrained")  # fmt: skip
+        with _opened(file) as opened:
+            found |= dict.fromkeys(opened.keys(), file)
+    return folder, found
+
+
+def read_named(files: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint, from the files that hold them."""
+    found: dict[str, Tensor] = {}
+    for file in dict.fromkeys(files.values()):
+        with _opened(file) as opened:
+            found |= {name: opened.get_tensor(name) for name, holder in files.items() if holder == file}
+    return found
+
+
+def check_tensors(
+    where: str, layout: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], spell: Mapping[str, str]
+) -> None:
+    """Every tensor has a place and its shape, or one error lists all that do not; `spell` gives the file's names."""
+    missing = [spell[name] for name in wanted if name not in found]
+    extra = [spell.get(name, name) for name in found if name not in wanted]
+    misshapen = [
+        f"{spell[name]} {list(found[name].shape)} instead of {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    faults = [f"{what} {_some(names)}" for what, names in
+              (("it lacks", missing), ("it has the unknown", extra), ("misshapen are", misshapen)) if names]  # fmt: skip
+    if faults:
+        raise CheckpointError(
+            f"the tensors do not fit: {'; '.join(faults)}", at=where, where=f"draft head, {layout} layout",
+            help="compare config.json with the weights, and the target with the one that the head was trained for",
+        )  # fmt: skip
+
+
+def _some(names: Iterable[str], most: int = 12) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def write_head(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: str) -> None:
@@ -107,18 +156,32 @@ def _weight_files(folder: Path) -> list[Path]:
                           help="name the folder, or the weight file itself")  # fmt: skip
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file or of a pickle, which only the safe unpickler opens."""
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What cannot be read inside becomes an error that names the file."""
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except Exception as error:
         raise CheckpointError(
             f"the file cannot be read: {type(error).__name__}: {_first_line(error)}", at=str(path), where="draft head",
             help="a truncated or corrupt file must be downloaded again; a pickle may hold nothing but tensors",
         ) from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which nothing is read yet."""
+    with _readable(path), safe_open(path, framework="pt") as file:
+        yield file
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file or of a pickle, which only the safe unpickler opens."""
+    if path.suffix == ".safetensors":
+        with _opened(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with _readable(path):
+        found = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError("the file holds something else than named tensors", at=str(path), where="draft head",
                               help="save the head's state_dict by itself")  # fmt: skip

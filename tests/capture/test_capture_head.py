@@ -69,7 +69,7 @@ CASES: dict[str, tuple[type[AutospecError], Callable[[], Any], Callable[[], Capt
         "the head is torch.float32 on meta, the target torch.float32 on cpu", "convert it with head.to(...)"),
     "no head": (
         OptionError, lambda: nn.Linear(2, 2), lambda: captured("target"),
-        "Linear is no draft head", "give a folder, an Eagle3Head or MedusaHeads"),
+        "Linear is no draft head", "give a folder, an Eagle3Head, MedusaHeads or an MTPHead"),
     "a model": (
         OptionError, lambda: tiny_model("llama", num_hidden_layers=1), lambda: captured("target"),
         "LlamaForCausalLM is no draft head", "give a folder"),

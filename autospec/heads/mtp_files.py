@@ -1,0 +1,173 @@
+"""Reading the MTP modules of a checkpoint, which from_pretrained drops.
+
+    names in the safetensors --layout--> which modules there are --read--> tensors --rename, stack experts--> MTPHead
+
+A module is loaded whole or not at all. Its block is made by the class of the target's last layer with full attention, and
+every tensor takes the dtype that the same tensor has there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autospec.errors import CheckpointError
+from autospec.heads.files import check_tensors, read_named, tensor_names
+from autospec.heads.mtp import MTPHead, MTPModule
+from autospec.heads.report import HeadReport
+from autospec.model_zoo.mtp_heads import MTP_LAYOUTS, MTPLayout
+
+UNREAD = r".*rotary_emb\.inv_freq"
+SCALES = r".*(_scale_inv|\.weight_scale|\.qweight|\.scales)"
+
+
+def load_mtp(source: str | Path, target: Any, most: int) -> MTPHead:
+    """Load the first `most` modules of a checkpoint for a target (a transformers causal LM), in eval mode.
+
+    Raises:
+        CheckpointError: there are none, they do not fit the target, or the target cannot lend what they need.
+    """
+    where = str(source)
+    decoder = _decoder(target)
+    num_layers = len(decoder.layers)
+    _, files = tensor_names(source)
+    layout = recognise(files, num_layers, where)
+    count = min(number_of_modules(layout, files, num_layers), most)
+    owned = {name: file for name, file in files.items() if _is_owned(name, layout, count, num_layers)}
+    if scaled := next((name for name in owned if re.fullmatch(SCALES, name)), None):
+        raise CheckpointError("the MTP modules are quantized, and weights are read as they are", at=scaled, where=where,
+                              help="name a checkpoint that has them in bf16: MTPConfig(speculative_model=PATH)")  # fmt: skip
+    like = _full_attention_layer(decoder, where)
+    tensors = stack_experts(read_named(owned))
+    shared = _shared(tensors, target, layout, count, num_layers)
+    for name in shared:
+        tensors.pop(name, None)
+    head = MTPHead(layout, target, [_module(k, layout, decoder, like, target, tensors) for k in range(count)])
+    wanted = head.own_state()
+    spell = {name: theirs(name, layout, num_layers) for name in wanted}
+    used = set(spell.values())
+    found = {name: tensors[spelt] for name, spelt in spell.items() if spelt in tensors}
+    found |= {name: value for name, value in tensors.items() if name not in used}
+    check_tensors(where, layout.name, found, wanted, {**{name: name for name in found}, **spell})
+    dtypes = {f"block.{name}": value.dtype for name, value in decoder.layers[like].state_dict().items()}
+    weight = next(target.parameters())
+    ready = {}  # by the file's names: what modules share stays one tensor
+    for name, spelt in spell.items():
+        dtype = dtypes.get(name.split(".", 2)[2], weight.dtype)
+        ready.setdefault(spelt, tensors[spelt].to(device=weight.device, dtype=dtype))
+    head.load_state_dict({name: ready[spelt] for name, spelt in spell.items()}, strict=False, assign=True)
+    empty = [name for name, value in (*head.depths.named_parameters(), *head.depths.named_buffers()) if value.is_meta]
+    assert not empty, f"no file has a value for {empty[:3]}"
+    head.depths.requires_grad_(False)
+    head.report = HeadReport(source=where, layout=layout.name, shared=tuple(sorted(shared)))
+    return head.eval()
+
+
+def recognise(names: Iterable[str], num_layers: int, where: str) -> MTPLayout:
+    """The layout of the MTP modules among a checkpoint's tensors."""
+    known = set(names)
+    for layout in MTP_LAYOUTS:
+        if _spelt(layout.proj, 0, num_layers) + ".weight" in known:
+            return layout
+    proj = ", ".join(_spelt(layout.proj, 0, num_layers) for layout in MTP_LAYOUTS)
+    raise CheckpointError("the checkpoint has no MTP modules", at=f"none of {proj}", where=where,
+                          help="name one that has them, MTPConfig(speculative_model=PATH), or draft with 'auto'")  # fmt: skip
+
+
+def number_of_modules(layout: MTPLayout, names: Iterable[str], num_layers: int) -> int:
+    """How many modules a checkpoint has, from the first on."""
+    known, count = list(names), 0
+    while any(name.startswith(_spelt(layout.block, count, num_layers) + ".") for name in known):
+        count += 1
+    return count
+
+
+def theirs(name: str, layout: MTPLayout, num_layers: int) -> str:
+    """depths.{k}.{part}.{rest} -> the name in the file."""
+    _, k, part, rest = name.split(".", 3)
+    return f"{_spelt(getattr(layout, part), int(k), num_layers)}.{rest}"
+
+
+def stack_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Experts that a file has one by one as the two tensors that transformers makes of them, where all are there."""
+    found = dict(tensors)
+    pattern = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+    by_prefix: dict[str, dict[tuple[str, int], str]] = {}
+    for name in tensors:
+        if match := pattern.fullmatch(name):
+            by_prefix.setdefault(match[1], {})[match[3], int(match[2])] = name
+    for prefix, names in by_prefix.items():
+        count = 1 + max(index for _, index in names)
+        if len(names) == 3 * count:
+            gate, up, down = (torch.stack([found.pop(names[kind, e]) for e in range(count)]) for kind in ("gate", "up", "down"))
+            found |= {f"{prefix}.gate_up_proj": torch.cat([gate, up], dim=1), f"{prefix}.down_proj": down}
+    return found
+
+
+def _spelt(template: str, k: int, num_layers: int) -> str:
+    return template.format(k=k, layer=num_layers + k)
+
+
+def _is_owned(name: str, layout: MTPLayout, count: int, num_layers: int) -> bool:
+    """Whether a tensor is one of the first `count` modules'."""
+    if re.fullmatch(UNREAD, name) or not any(name.startswith(_spelt(layout.root, k, num_layers)) for k in range(count)):
+        return False
+    stem, _, _ = layout.block.partition("{")
+    number = re.match(re.escape(stem) + r"(\d+)\.", name)
+    first = 0 if "{k}" in layout.block else num_layers
+    return number is None or int(number[1]) < first + count
+
+
+def _decoder(target: Any) -> Any:
+    """The part of a causal LM that has layers, a final norm and rotary embeddings."""
+    decoder = target.get_decoder() if hasattr(target, "get_decoder") else None
+    lost = [name for name in ("layers", "norm", "rotary_emb") if getattr(decoder, name, None) is None]
+    if lost or target.get_output_embeddings() is None:
+        raise CheckpointError(f"the target has no {', '.join(lost) or 'output embeddings'} to make MTP modules from",
+                              at="model.get_decoder()", where=type(target).__name__,
+                              help="MTP modules are known for models built like DeepSeek-V3, Qwen3-Next or Qwen2")  # fmt: skip
+    return decoder
+
+
+def _full_attention_layer(decoder: Any, where: str) -> int:
+    """The last layer of the target that attends to everything: what a block is made like."""
+    kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+    full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    if not full:
+        raise CheckpointError("the target has no layer with full attention, which MTP modules have", at=f"layer_types={kinds}",
+                              where=where, help="draft with 'auto'")  # fmt: skip
+    return full[-1]
+
+
+def _shared(tensors: Mapping[str, Tensor], target: Any, layout: MTPLayout, count: int, num_layers: int) -> set[str]:
+    """Copies of the target's embedding and lm_head, by the file's names."""
+    found = set()
+    for template, lent in ((layout.embed_tokens, target.get_input_embeddings()), (layout.lm_head, target.get_output_embeddings())):
+        for k in range(count if template else 0):
+            name = f"{_spelt(str(template), k, num_layers)}.weight"
+            own = tensors.get(name)
+            if own is not None and own.shape == lent.weight.shape and torch.equal(own.to(lent.weight), lent.weight):
+                found.add(name)
+    return found
+
+
+def _module(
+    k: int, layout: MTPLayout, decoder: Any, like: int, target: Any, tensors: Mapping[str, Tensor]
+) -> MTPModule:
+    """Module k without weights; embeddings and lm_head are its own where the file has other ones than the target."""
+    embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
+    vocab_size, hidden_size = embedding.weight.shape
+
+    def is_own(template: str | None) -> bool:
+        return template is not None and f"{_spelt(template, k, len(decoder.layers))}.weight" in tensors
+
+    with torch.device("meta"):
+        block = type(decoder.layers[like])(decoder.config, like)
+        own_embedding = nn.Embedding(vocab_size, hidden_size) if is_own(layout.embed_tokens) else None
+        own_lm_head = nn.Linear(hidden_size, lm_head.weight.shape[0], bias=False) if is_own(layout.lm_head) else None
+    return MTPModule(hidden_size, decoder.norm, block, own_embedding, own_lm_head)

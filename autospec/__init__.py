@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArtifactError", "AutoConfig", "AutospecError", "CapacityError", "CaptureError", "CheckpointError", "DraftTargetConfig",
-    "Eagle3Config", "LoadedModel", "LoweringError", "MTPConfig", "MedusaConfig", "NGramConfig", "OptimizedModel", "OptionError", "export",
-    "load", "optimize",
+    "Eagle3Config", "LoadedModel", "LoweringError", "MTPConfig", "MedusaConfig", "NGramConfig", "OptimizedModel", "OptionError",
+    "export", "load", "optimize",
 ]  # fmt: skip
 
 

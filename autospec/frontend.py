@@ -11,7 +11,16 @@ from autospec.capture_head import capture_head
 from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, MTPConfig, Speculation
 from autospec.errors import CapacityError
 from autospec.hollow import filled
-from autospec.loading import check_causal_lm, check_children, check_draft, check_head, draft_layers, load_draft_head, load_model, load_mtp_modules
+from autospec.loading import (
+    check_causal_lm,
+    check_children,
+    check_draft,
+    check_head,
+    draft_layers,
+    load_draft_head,
+    load_model,
+    load_mtp_modules,
+)
 from autospec.program import CapturedModel
 
 

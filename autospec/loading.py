@@ -150,7 +150,7 @@ def load_mtp_modules(config: MTPConfig, target: Any) -> MTPHead:
         source = getattr(target.config, "_name_or_path", "")
         if not source:
             raise OptionError("the target does not say which checkpoint it was loaded from", at="speculative_model=None",
-                              where="MTPConfig", help="name the one with MTP modules: MTPConfig(speculative_model=PATH)")  # fmt: skip
+                              where="MTPConfig", help="name it: MTPConfig(speculative_model=PATH)")  # fmt: skip
     if not isinstance(source, (str, Path)):
         raise OptionError(f"speculative_model must be an MTPHead or a path, got {type(source).__name__}",
                           at=f"speculative_model={source!r:.60}", where="MTPConfig",

@@ -66,7 +66,8 @@ class MTPHead(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Of the hidden states that come in and are recycled."""
-        return int(self.depths[0].proj.weight.shape[0])  # type: ignore[union-attr]
+        module: Any = self.depths[0]
+        return int(module.proj.out_features)
 
     def first(self, count: int) -> MTPHead:
         """The same head with the first modules only."""

@@ -56,7 +56,7 @@ def load_mtp(source: str | Path, target: Any, most: int) -> MTPHead:
     check_tensors(where, layout.name, found, wanted, {**{name: name for name in found}, **spell})
     dtypes = {f"block.{name}": value.dtype for name, value in decoder.layers[like].state_dict().items()}
     weight = next(target.parameters())
-    ready = {}  # by the file's names: what modules share stays one tensor
+    ready: dict[str, Tensor] = {}  # by the file's names: what modules share stays one tensor
     for name, spelt in spell.items():
         dtype = dtypes.get(name.split(".", 2)[2], weight.dtype)
         ready.setdefault(spelt, tensors[spelt].to(device=weight.device, dtype=dtype))
@@ -128,7 +128,8 @@ def _decoder(target: Any) -> Any:
     decoder = target.get_decoder() if hasattr(target, "get_decoder") else None
     lost = [name for name in ("layers", "norm", "rotary_emb") if getattr(decoder, name, None) is None]
     if lost or target.get_output_embeddings() is None:
-        raise CheckpointError(f"the target has no {', '.join(lost) or 'output embeddings'} to make MTP modules from",
+        what = "decoder" if decoder is None else ", ".join(lost) or "output embeddings"
+        raise CheckpointError(f"the target has no {what} to make MTP modules with",
                               at="model.get_decoder()", where=type(target).__name__,
                               help="MTP modules are known for models built like DeepSeek-V3, Qwen3-Next or Qwen2")  # fmt: skip
     return decoder

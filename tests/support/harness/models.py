@@ -22,7 +22,9 @@ from autospec.assemble import capture_model
 from autospec.capture_head import capture_head
 from autospec.heads.eagle3 import Eagle3Head, Eagle3Spec
 from autospec.heads.medusa import MedusaHeads
+from autospec.heads.mtp import MTPHead, MTPModule
 from autospec.kernels.noise import gumbel
+from autospec.model_zoo.mtp_heads import DEEPSEEK
 from autospec.runtime.request import SamplingParams
 
 GREEDY = SamplingParams()
@@ -48,6 +50,7 @@ _MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
                                   "first_k_dense_replace": 1}),
 }
 TAPS = (0, 0, 1)  # the tiny target has two layers
+MODULES = {"mtp": 1, "mtp3": 3}
 
 
 def tiny(family: str, seed: int = 0, **config: Any) -> Any:
@@ -67,10 +70,13 @@ def model(name: str) -> Any:
 
 @functools.cache
 def head(name: str) -> Any:
-    """A random draft head of the tiny target: "eagle" has two layers and a vocabulary of its own, "medusa" eight heads."""
+    """A random draft head of the tiny target: "eagle" has two layers and a vocabulary of its own, "medusa" eight heads,
+    "mtp" one module, "mtp3" three."""
     target = model("target")
     with torch.random.fork_rng():
         torch.manual_seed(11)
+        if name in MODULES:
+            return _mtp(target, MODULES[name])
         if name == "medusa":
             return MedusaHeads(_COMMON["hidden_size"], VOCAB, 8).eval()
         config = LlamaConfig(**{**_COMMON, "num_hidden_layers": 2})
@@ -84,10 +90,19 @@ def head(name: str) -> Any:
     return made.eval()
 
 
+def _mtp(target: Any, count: int) -> MTPHead:
+    decoder = target.get_decoder()
+    blocks = [type(decoder.layers[-1])(decoder.config, 1) for _ in range(count)]
+    modules = [MTPModule(_COMMON["hidden_size"], decoder.norm, block, None, None).to_empty(device="cpu") for block in blocks]
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return MTPHead(DEEPSEEK, target, modules).eval().requires_grad_(False)
+
+
 @functools.cache
 def captured(name: str) -> Any:
     """The shared capture of a model or head. "near" is the target with disturbed weights: a draft that is right at times."""
-    if name in ("eagle", "medusa"):
+    if name in ("eagle", "medusa", *MODULES):
         return capture_head(head(name), captured("target"))
     if name == "near":
         generator = torch.Generator().manual_seed(7)
@@ -181,6 +196,36 @@ def eagle_rows(ids: list[int], path: tuple[int, ...] = ()) -> tuple[Tensor, list
     known = torch.full((VOCAB,), float("-inf"))
     known[eagle.vocabulary()] = logits[0, -1]
     return known, rows
+
+
+def mtp_rows(name: str, ids: list[int], path: tuple[int, ...] = ()) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """MTP modules re-fed with everything: row t pairs the target's hidden state t, or what was recycled, with token t + 1.
+
+    Module d runs all rows for depth d, in turn. ids, path -> as for `eagle_rows`; K and V are those of the committed rows.
+    """
+    made, target = head(name), model("target")
+    with torch.no_grad():
+        hidden = target.model(torch.tensor([ids[:-1]]), use_cache=False).last_hidden_state
+        positions = torch.arange(len(ids) - 1)[None]
+        rows = [_kept(made, depth, torch.tensor([ids[1:]]), hidden, positions) for depth in range(len(made.depths))]
+        for count in range(len(path) + 1):
+            tokens = torch.tensor([[*ids[1:], *path[:count]]])
+            logits, recycled = made(count % len(made.depths), tokens, hidden, torch.arange(tokens.shape[1])[None])
+            hidden = torch.cat([hidden, recycled[:, -1:]], 1)
+    return logits[0, -1], rows
+
+
+def _kept(made: MTPHead, depth: int, ids: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V of a module's rows, [rows, Hkv, D], as its attention hands them to transformers' cache."""
+    block: Any = made.depths[depth].block
+    cache = DynamicCache()
+    hook = block.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "past_key_values": cache}), with_kwargs=True
+    )
+    made(depth, ids, hidden, positions)
+    hook.remove()
+    layer: Any = next(layer for layer in cache.layers if layer.is_initialized)
+    return layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)
 
 
 def _last_layer(target: Any, ids: list[int]) -> Tensor:

@@ -17,6 +17,7 @@ from autospec.config import (
     DraftTargetConfig,
     Eagle3Config,
     MedusaConfig,
+    MTPConfig,
     NGramConfig,
     Speculation,
     tree_of,
@@ -53,6 +54,12 @@ DRAFTERS: dict[str, tuple[Speculation, str | None]] = {
     "medusa": (MedusaConfig("medusa", L), "medusa"),
     "medusa static": (MedusaConfig("medusa", eagle_choices=CHOICES), "medusa"),
     "medusa dynamic": (MedusaConfig("medusa", **_GROWN), "medusa"),
+    "mtp": (MTPConfig("mtp", L), "mtp"),
+    "mtp dynamic": (MTPConfig("mtp", **_GROWN), "mtp"),
+    "mtp3": (MTPConfig("mtp3", L), "mtp3"),
+    "mtp3 static": (MTPConfig("mtp3", eagle_choices=CHOICES), "mtp3"),
+    "mtp3 dynamic": (MTPConfig("mtp3", **_GROWN), "mtp3"),
+    **{f"mtp3 {length}": (MTPConfig("mtp3", length), "mtp3") for length in (1, 2, 3, 7)},
     "wide": (MedusaConfig("medusa", 8, dynamic_tree_max_topk=8, max_total_draft_tokens=63), "medusa"),
 }
 

@@ -13,14 +13,14 @@ from autospec.runtime.request import SamplingParams
 from autospec.runtime.session import Session
 from autospec.trees import DraftTree
 from harness.laws import CLOSE, at_rest, cache_is_fresh, same_tokens
-from harness.models import GREEDY, VOCAB, eagle_rows, logits, oracle
+from harness.models import GREEDY, MODULES, VOCAB, eagle_rows, logits, mtp_rows, oracle
 from harness.programs import TreeDraft, Workshop, prompts_of, requests_of, run
 
 PROMPTS = prompts_of(1, (3, 17, 9, 33))
 Path = tuple[int, ...]
 
 
-def _futures(target: str, new_tokens: int, sampling: SamplingParams) -> list[list[int]]:
+def futures_of(target: str, new_tokens: int, sampling: SamplingParams) -> list[list[int]]:
     """Prompts with their true continuations, long enough for drafts that stand past the end."""
     return [
         prompt + oracle(target, prompt, new_tokens + 12, sampling, 1000 + row) for row, prompt in enumerate(PROMPTS)
@@ -32,7 +32,7 @@ def lossless_for_any_tree(
     truth: float = 0.5, depth: int = 2, is_shuffled: bool = False, new_tokens: int = 24,
 ) -> Metrics:  # fmt: skip
     """Random trees: tokens as the oracle's, exactly the right nodes accepted, caches as after a fresh prefill."""
-    futures = _futures(target, new_tokens, sampling)
+    futures = futures_of(target, new_tokens, sampling)
     session = workshop.session(drafter, target=target, sampling=sampling.needs_scores)
     draft = TreeDraft(futures, seed, session.program.shape.tree.max_draft_len, truth, depth, is_shuffled)
     requests = requests_of(PROMPTS, new_tokens, sampling)
@@ -87,7 +87,7 @@ def draft_caches_stay_fresh(
 ) -> None:
     """Paths accepted anywhere in the tree leave the drafter's cache as a fresh run of the emitted tokens would."""
     new_tokens = 20
-    futures = _futures(target, new_tokens, GREEDY)
+    futures = futures_of(target, new_tokens, GREEDY)
     session = workshop.session(drafter, target=target)
     draft = TreeDraft(futures, seed, session.program.shape.tree.max_draft_len, truth=0.7)
     requests = requests_of(PROMPTS, new_tokens)
@@ -98,19 +98,20 @@ def draft_caches_stay_fresh(
         boundaries += 1
         if boundaries in (1, 2, 4):
             for row, future in enumerate(futures):
-                _drafter_is_fresh(session, row, future[: int(state["kv_lens"][row]) + 1], drafter, target)
+                drafter_is_fresh(session, row, future[: int(state["kv_lens"][row]) + 1], drafter, target)
 
     run(session, requests, script=draft, watch=watch)
     for row, request in enumerate(requests):
-        _drafter_is_fresh(session, row, request.prompt + request.output, drafter, target)
+        drafter_is_fresh(session, row, request.prompt + request.output, drafter, target)
 
 
-def _drafter_is_fresh(session: Session, row: int, ids: list[int], drafter: str, target: str) -> None:
-    if not drafter.startswith("eagle"):
-        cache_is_fresh(session, row, ids, target, drafter.split()[0])
+def drafter_is_fresh(session: Session, row: int, ids: list[int], drafter: str, target: str) -> None:
+    name = drafter.split()[0]
+    if name != "eagle" and name not in MODULES:
+        cache_is_fresh(session, row, ids, target, name)
         return
     cache_is_fresh(session, row, ids, target)
-    for layer, pair in enumerate(eagle_rows(ids)[1], start=session.program.facts.num_kv_layers):
+    for layer, pair in enumerate(_refed(name, ids)[1], start=session.program.facts.num_kv_layers):
         got = session.committed_kv(row, layer, len(ids) - 1)
         for letter, mine, wanted in zip("KV", got, pair, strict=True):
             error = float((mine - wanted).abs().max())
@@ -127,7 +128,7 @@ def drafts_what_re_feeding_would(
 ) -> None:
     """The nodes of every draft are those that the growth of ALGORITHMS.md finds when each path is run from scratch."""
     session = workshop.session(drafter, sampling=sampling.needs_scores)
-    futures = _futures("target", new_tokens, sampling)
+    futures = futures_of("target", new_tokens, sampling)
     requests = requests_of(PROMPTS, new_tokens, sampling)
     boundaries = 0
 
@@ -144,11 +145,15 @@ def drafts_what_re_feeding_would(
     assert session_draft.row_steps > 0
 
 
+def _refed(name: str, ids: list[int], path: Path = ()) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    return eagle_rows(ids, path) if name == "eagle" else mtp_rows(name, ids, path)
+
+
 def _check_draft(session: Session, row: int, ids: list[int], drafter: str, sampling: SamplingParams) -> None:
     name = drafter.split()[0]
 
     def scores(path: Path) -> Tensor:
-        found = eagle_rows(ids, path)[0] if name == "eagle" else logits(name, [*ids, *path])
+        found = _refed(name, ids, path)[0] if name == "eagle" or name in MODULES else logits(name, [*ids, *path])
         if sampling.temperature == 0:
             return found
         noise = gumbel(torch.tensor([1000 + row]), torch.tensor([[len(ids) + len(path)]]), VOCAB)[0, 0]

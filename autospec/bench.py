@@ -29,7 +29,7 @@ from autospec.benching.steps import clocked, only_step, step_seconds, verify_onl
 from autospec.benching.sweep import SWEPT, Sweep, sweep
 from autospec.benching.text import as_json, sweep_table, table
 from autospec.cli import model_arguments, speculation_of
-from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, Speculation, parse_speculation, tree_of
+from autospec.config import DraftTargetConfig, MTPConfig, Ranking, Speculation, parse_speculation, tree_of
 from autospec.errors import CheckpointError, OptionError
 from autospec.loading import check_head, load_model
 from autospec.model_zoo.bundled import demo_prompts, resolve
@@ -148,8 +148,9 @@ def build(
     runs, drafts = [Run("plain", "", plain)], {}
     for asked, speculation in tqdm(drafters, desc="compiling", leave=False):
         draft = None
-        if isinstance(speculation, (DraftTargetConfig, Eagle3Config, MedusaConfig)):
-            key = type(speculation), str(speculation.speculative_model)
+        if isinstance(speculation, Ranking):
+            modules = speculation.max_draft_len if isinstance(speculation, MTPConfig) else None  # as many are loaded
+            key = type(speculation), str(speculation.speculative_model), modules
             if key not in drafts:
                 drafts[key] = optimize(module, speculation, compile=compile).draft
             draft = drafts[key]

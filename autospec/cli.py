@@ -105,7 +105,8 @@ def model_arguments(parser: argparse.ArgumentParser, *, or_artifact: bool = Fals
     parser.add_argument("model", help=f"{known}; or a folder that `autospec export` wrote" if or_artifact else known)
     parser.add_argument(
         "--speculation", default=None if or_artifact else "auto",
-        help="auto, ngram, none, draft:MODEL for an external draft model, eagle3:HEAD or medusa:HEAD (default auto)",
+        help="auto, ngram, none, draft:MODEL for an external draft model, eagle3:HEAD, medusa:HEAD, or mtp for the modules "
+        "in the checkpoint (default auto)",
     )
     parser.add_argument("--max-draft-len", type=int, default=None, help="draft tokens per step, or levels of a tree")
     parser.add_argument("--eagle-choices", default=None, metavar="JSON",
@@ -160,7 +161,7 @@ def _train_arguments(verbs: Any) -> None:
 
 def speculation_of(asked: argparse.Namespace) -> Any:
     """What `autospec.optimize` takes, from the options of `model_arguments`."""
-    from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, NGramConfig
+    from autospec.config import DraftTargetConfig, Eagle3Config, MedusaConfig, MTPConfig, NGramConfig
     from autospec.model_zoo.bundled import resolve
 
     names = ("max_draft_len", "eagle_choices", "dynamic_tree_max_topk", "max_total_draft_tokens")
@@ -169,7 +170,9 @@ def speculation_of(asked: argparse.Namespace) -> Any:
         given["eagle_choices"] = _paths(given["eagle_choices"])
     chosen = "auto" if asked.speculation is None else asked.speculation
     kind, _, source = chosen.partition(":")
-    ranking = {"draft": DraftTargetConfig, "eagle3": Eagle3Config, "medusa": MedusaConfig}
+    ranking = {"draft": DraftTargetConfig, "eagle3": Eagle3Config, "medusa": MedusaConfig, "mtp": MTPConfig}
+    if chosen == "mtp":
+        return MTPConfig(**given)
     if kind in ranking and not source:
         raise OptionError(f"--speculation {kind} needs the draft's folder or hub id", at=f"--speculation {chosen}",
                           where="autospec", help=f"write {kind}:PATH, such as eagle3:bundled:eagle3")  # fmt: skip
@@ -181,7 +184,7 @@ def speculation_of(asked: argparse.Namespace) -> Any:
         option = "--" + next(name for name in given if name != "max_draft_len" or len(given) == 1).replace("_", "-")
         raise OptionError(f"{option} needs a drafter that takes it, not '{chosen}'", at=option,
                           where=f"--speculation {chosen}",
-                          help="add --speculation draft:MODEL, eagle3:HEAD or medusa:HEAD")  # fmt: skip
+                          help="add --speculation draft:MODEL, eagle3:HEAD, medusa:HEAD or mtp")  # fmt: skip
     return None if chosen == "none" else chosen
 
 

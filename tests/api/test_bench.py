@@ -19,7 +19,7 @@ from autospec.api import Limits, OptimizedModel
 from autospec.benching import picture, record, steps, sweep, text
 from autospec.benching.results import Parts, Run
 from autospec.cli import main
-from autospec.config import DraftTargetConfig, Eagle3Config, NGramConfig
+from autospec.config import DraftTargetConfig, Eagle3Config, MTPConfig, NGramConfig
 from autospec.errors import AutospecError, CheckpointError, OptionError
 from autospec.trees import chain, dynamic_tree, static_tree
 
@@ -115,10 +115,11 @@ def test_tokens_that_differ_exit_with_1(
 def test_options_of_a_draft_belong_to_the_drafter_before_them() -> None:
     found = bench.speculations(["m", "--max-draft-len", "5", "--speculation", "ngram", "--speculation=draft:d",
                                 "--max-draft-len", "3", "--speculation", "none", "--speculation", "eagle3:h",
-                                "--dynamic-tree-max-topk", "2"])  # fmt: skip
+                                "--dynamic-tree-max-topk", "2", "--speculation", "mtp", "--speculation", "mtp:m"])  # fmt: skip
     names, chosen = zip(*found, strict=True)
-    assert names == ("ngram", "draft:d", "eagle3:h")
-    assert chosen == (NGramConfig(5), DraftTargetConfig("d", 3), Eagle3Config("h", 5, dynamic_tree_max_topk=2))
+    assert names == ("ngram", "draft:d", "eagle3:h", "mtp", "mtp:m")
+    assert chosen == (NGramConfig(5), DraftTargetConfig("d", 3), Eagle3Config("h", 5, dynamic_tree_max_topk=2),
+                      MTPConfig(max_draft_len=5), MTPConfig("m", 5))  # fmt: skip
 
 
 def test_drafters_by_default() -> None:

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autospec
-from autospec.config import AutoConfig, DraftTargetConfig, Eagle3Config, MedusaConfig, NGramConfig, tree_of
+from autospec.config import AutoConfig, DraftTargetConfig, Eagle3Config, MedusaConfig, MTPConfig, NGramConfig, tree_of
 from autospec.errors import AutospecError, OptionError
 from autospec.trees import MAX_NODES, DraftTree, chain, dynamic_tree, static_tree
 
 Refused = Callable[..., AutospecError]
-RANKING = [DraftTargetConfig, Eagle3Config, MedusaConfig]
+RANKING = [DraftTargetConfig, Eagle3Config, MedusaConfig, MTPConfig]
 
 
 def test_a_node_keeps_its_own_rank() -> None:
@@ -171,7 +171,7 @@ def test_options_ask_for_a_tree(cls: Any, options: dict[str, Any], tree: DraftTr
 
 
 def test_the_default_is_a_chain() -> None:
-    assert [cls("draft").tree for cls in RANKING] == [chain(4), chain(7), chain(4)]
+    assert [cls("draft").tree for cls in RANKING] == [chain(4), chain(7), chain(4), chain(3)]
 
 
 # name -> (options, the rule, what to do)
@@ -212,8 +212,9 @@ def test_bad_options(refused: Refused, cls: Any, case: str) -> None:
     assert todo in str(error.help)
 
 
-@pytest.mark.parametrize("cls", RANKING)
+@pytest.mark.parametrize("cls", [DraftTargetConfig, Eagle3Config, MedusaConfig])
 def test_a_drafter_needs_a_draft(refused: Refused, cls: Any) -> None:
+    """MTP modules come with the target."""
     assert "needs a draft" in refused(OptionError, lambda: cls(None)).rule
 
 

@@ -58,6 +58,12 @@ def test_caches_stay_fresh_in_trees(workshop: Workshop, drafter: str) -> None:
     tree_laws.draft_caches_stay_fresh(workshop, drafter)
 
 
+def test_latents_and_experts(workshop: Workshop) -> None:
+    """Modules of DeepSeek-V3, whose attention keeps latents: tokens, and the pages of target and modules."""
+    tree_laws.lossless_for_any_tree(workshop, target="latent", drafter="mtp-latent static", new_tokens=8)
+    tree_laws.draft_caches_stay_fresh(workshop, "mtp-latent static", target="latent")
+
+
 @pytest.mark.parametrize(
     ("drafter", "sampling"),
     [("mtp", HOT), ("mtp dynamic", GREEDY), ("mtp3 static", HOT), ("mtp3 dynamic", GREEDY), ("mtp3 7", GREEDY)],

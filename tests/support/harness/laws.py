@@ -68,13 +68,13 @@ def cache_is_fresh(
     if draft is not None:
         layers += [(pair, len(ids)) for pair in hf_cache(draft, ids)]
     for layer, (pair, length) in enumerate(layers):
-        got = _committed(session, row, layer, length, pair)
+        got = committed(session, row, layer, length, pair)
         for letter, mine, wanted in zip("KV", got, pair, strict=True):
             error = float((mine - wanted[:length]).abs().max()) if length else 0.0
             assert error < CLOSE, f"{letter} of layer {layer}, row {row} is off by {error:.1e}"
 
 
-def _committed(
+def committed(
     session: Session, row: int, layer: int, length: int, like: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     if f"latent_pages.{layer}" not in session.state:

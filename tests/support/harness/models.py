@@ -50,7 +50,7 @@ _MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
                                   "first_k_dense_replace": 1}),
 }
 TAPS = (0, 0, 1)  # the tiny target has two layers
-MODULES = {"mtp": 1, "mtp3": 3}
+MODULES = {"mtp": ("target", 1), "mtp3": ("target", 3), "mtp-latent": ("latent", 2)}  # the target and how many
 
 
 def tiny(family: str, seed: int = 0, **config: Any) -> Any:
@@ -71,12 +71,12 @@ def model(name: str) -> Any:
 @functools.cache
 def head(name: str) -> Any:
     """A random draft head of the tiny target: "eagle" has two layers and a vocabulary of its own, "medusa" eight heads,
-    "mtp" one module, "mtp3" three."""
+    "mtp" one module, "mtp3" three, "mtp-latent" two of the target with latents."""
     target = model("target")
     with torch.random.fork_rng():
         torch.manual_seed(11)
         if name in MODULES:
-            return _mtp(target, MODULES[name])
+            return _mtp(model(MODULES[name][0]), MODULES[name][1])
         if name == "medusa":
             return MedusaHeads(_COMMON["hidden_size"], VOCAB, 8).eval()
         config = LlamaConfig(**{**_COMMON, "num_hidden_layers": 2})
@@ -96,6 +96,8 @@ def _mtp(target: Any, count: int) -> MTPHead:
     modules = [MTPModule(_COMMON["hidden_size"], decoder.norm, block, None, None).to_empty(device="cpu") for block in blocks]
     for parameter in (parameter for module in modules for parameter in module.parameters()):
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    for buffer in (buffer for module in modules for buffer in module.buffers()):
+        buffer.zero_()  # the bias of a router
     return MTPHead(DEEPSEEK, target, modules).eval().requires_grad_(False)
 
 
@@ -103,7 +105,7 @@ def _mtp(target: Any, count: int) -> MTPHead:
 def captured(name: str) -> Any:
     """The shared capture of a model or head. "near" is the target with disturbed weights: a draft that is right at times."""
     if name in ("eagle", "medusa", *MODULES):
-        return capture_head(head(name), captured("target"))
+        return capture_head(head(name), captured(MODULES[name][0] if name in MODULES else "target"))
     if name == "near":
         generator = torch.Generator().manual_seed(7)
         exact = captured("target")
@@ -203,7 +205,7 @@ def mtp_rows(name: str, ids: list[int], path: tuple[int, ...] = ()) -> tuple[Ten
 
     Module d runs all rows for depth d, in turn. ids, path -> as for `eagle_rows`; K and V are those of the committed rows.
     """
-    made, target = head(name), model("target")
+    made, target = head(name), model(MODULES[name][0])
     with torch.no_grad():
         hidden = target.model(torch.tensor([ids[:-1]]), use_cache=False).last_hidden_state
         positions = torch.arange(len(ids) - 1)[None]
@@ -216,7 +218,7 @@ def mtp_rows(name: str, ids: list[int], path: tuple[int, ...] = ()) -> tuple[Ten
 
 
 def _kept(made: MTPHead, depth: int, ids: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V of a module's rows, [rows, Hkv, D], as its attention hands them to transformers' cache."""
+    """K and V of a module's rows, [rows, Hkv, D], or latent and rope, as its attention hands them to transformers' cache."""
     block: Any = made.depths[depth].block
     cache = DynamicCache()
     hook = block.register_forward_pre_hook(

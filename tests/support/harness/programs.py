@@ -57,6 +57,7 @@ DRAFTERS: dict[str, tuple[Speculation, str | None]] = {
     "mtp": (MTPConfig("mtp", L), "mtp"),
     "mtp dynamic": (MTPConfig("mtp", **_GROWN), "mtp"),
     "mtp3": (MTPConfig("mtp3", L), "mtp3"),
+    "mtp-latent static": (MTPConfig("mtp-latent", eagle_choices=CHOICES), "mtp-latent"),
     "mtp3 static": (MTPConfig("mtp3", eagle_choices=CHOICES), "mtp3"),
     "mtp3 dynamic": (MTPConfig("mtp3", **_GROWN), "mtp3"),
     **{f"mtp3 {length}": (MTPConfig("mtp3", length), "mtp3") for length in (1, 2, 3, 7)},

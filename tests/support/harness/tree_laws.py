@@ -12,7 +12,7 @@ from autospec.runtime.metrics import Metrics
 from autospec.runtime.request import SamplingParams
 from autospec.runtime.session import Session
 from autospec.trees import DraftTree
-from harness.laws import CLOSE, at_rest, cache_is_fresh, same_tokens
+from harness.laws import CLOSE, at_rest, cache_is_fresh, committed, same_tokens
 from harness.models import GREEDY, MODULES, VOCAB, eagle_rows, logits, mtp_rows, oracle
 from harness.programs import TreeDraft, Workshop, prompts_of, requests_of, run
 
@@ -112,7 +112,7 @@ def drafter_is_fresh(session: Session, row: int, ids: list[int], drafter: str, t
         return
     cache_is_fresh(session, row, ids, target)
     for layer, pair in enumerate(_refed(name, ids)[1], start=session.program.facts.num_kv_layers):
-        got = session.committed_kv(row, layer, len(ids) - 1)
+        got = committed(session, row, layer, len(ids) - 1, pair)
         for letter, mine, wanted in zip("KV", got, pair, strict=True):
             error = float((mine - wanted).abs().max())
             assert error < CLOSE, f"{letter} of the head's layer {layer}, row {row} is off by {error:.1e}"

@@ -245,7 +245,8 @@ def measure(
     tree = tree_of(speculation)
     fast = OptimizedModel(
         loaded.target, loaded.head if speculation else None, speculation, asked.compile,
-        Limits(batch, asked.prompt + asked.new_tokens, None, exact_nodes(asked.exact, speculation)), {}, _weights=dict(loaded.weights), _acceptance=rates,
+        Limits(batch, asked.prompt + asked.new_tokens, None, exact_nodes(asked.exact, speculation)), {},
+        _weights=dict(loaded.weights), _acceptance=rates,
     )  # fmt: skip
     with fresh_cache() if asked.cold else contextlib.nullcontext():
         start_up = _start(fast, _prompts(asked, loaded, batch, 0), loaded)

@@ -62,6 +62,21 @@ def _attach(tree: DraftTree, rows: int) -> AttachDraftHead:
     )  # fmt: skip
 
 
+def _with_modules(tree: DraftTree, rows: int) -> AttachDraftHead:
+    """As if the head were two modules: the second, here of the same weights, guesses the second level."""
+    behind = OffsetDraftLayers(layer_idx_offset=LAYERS + 1)
+
+    def level(index: int) -> fx.GraphModule:
+        count = sum(tree.rows_at(below) for below in range(index + 1))
+        masked = [] if tree.is_chain else [MaskTree(batch_size=BATCH, num_nodes=count, is_mask_given=True)]
+        return specialised(HEAD.following, count, *masked, (OFFSET, behind)[(index + 1) % 2], is_length_given=True)
+
+    return replace(
+        _attach(tree, rows), expand={}, fill=(specialised(HEAD.first, rows, behind, is_length_given=True),),
+        regrow=tuple(level(index) for index in range(tree.max_draft_len - 1)),
+    )  # fmt: skip
+
+
 @functools.cache
 def _step(tree: DraftTree) -> fx.GraphModule:
     return target_step(sizes_of(tree), TapHiddenStates(tap_after=TAPS))
@@ -76,6 +91,13 @@ def test_text() -> None:
     two_levels, one = dynamic_tree(2, 2, 4), chain(1)
     check_golden("attach_draft_head", graph_text(after(_step(two_levels), _attach(two_levels, 3))))
     check_golden("attach_draft_head.prefill", graph_text(after(_prefill(one), _attach(one, CHUNK))))
+
+
+def test_text_of_several_modules() -> None:
+    """The second module keeps K/V of the catch-up's rows, and of all that has grown where it guesses."""
+    three = chain(3)
+    text = graph_text(after(_step(three), _with_modules(three, 4)))
+    check_golden("attach_draft_head.modules", text)
 
 
 @pytest.mark.parametrize("kind", TREES)

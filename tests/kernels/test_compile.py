@@ -172,6 +172,32 @@ def test_paged_mla_compiles(monkeypatch, name):
     assert kernels[0] == "attend_latents"
 
 
+DSA: dict[str, tuple[str, Any]] = {
+    "index scores": ("score_slots", lambda: (
+        "dsa_indexer_logits", torch.zeros(2, 4, 64, 128).bfloat16(), torch.zeros(2, 4, 64), torch.zeros(9, 64, 128).bfloat16(),
+        ints(2, 64), ints(2), None, 0.1, 2048)),
+    "index scores, float32, 16 heads, page 16": ("score_slots", lambda: (
+        "dsa_indexer_logits", torch.zeros(2, 4, 16, 128), torch.zeros(2, 4, 16), torch.zeros(9, 16, 128), ints(2, 64), ints(2),
+        ints(2), 0.1, 0)),
+    "selection": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, None, None)),
+    "selection, tree": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, ints(2), ints(2, 40, 2))),
+    "sparse attention": ("combine_latents", lambda: (
+        "paged_sparse_mla", torch.zeros(1, 1, 128, 512).bfloat16(), torch.zeros(1, 1, 128, 64).bfloat16(),
+        torch.zeros(9, 64, 576).bfloat16(), ints(1, 64), ints(1, 1, 2048), 0.1)),
+    "sparse attention, float32": ("attend_selected", lambda: (
+        "paged_sparse_mla", torch.zeros(2, 4, 128, 512), torch.zeros(2, 4, 128, 64), torch.zeros(9, 64, 576), ints(2, 64),
+        ints(2, 4, 2048), 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", DSA)
+def test_sparse_attention_compiles(monkeypatch, name):
+    """DeepSeek-V3.2's sizes."""
+    kernel, arguments = DSA[name]
+    op, *args = arguments()
+    assert compile_call(monkeypatch, op, f"{op}_triton", *args)[-1] == kernel
+
+
 def test_a_kernel_that_cannot_be_compiled_is_caught(monkeypatch):
     """A variable that is None before a loop and a tensor in it: the interpreter does not mind."""
     from autospec.kernels import launch

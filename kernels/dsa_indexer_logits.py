@@ -1,0 +1,159 @@
+"""Index scores of N new tokens per request over the pages of index keys (DeepSeek sparse attention): what dsa_topk ranks.
+
+Hi index heads: index_q [B, N, Hi, Di], index_weights [B, N, Hi] float32; index_pages [num_pages, P, Di], one key per
+token for all heads; page_table [B, max_pages] int32; kv_lens [B] int32, rows committed before this call; the keys of the
+N new tokens were appended at slots kv_lens ... kv_lens + N - 1, by append_latent: a key is made of a rotated and an
+unrotated part, as a latent row is. Any N runs as it is: a node's scores do not depend on which nodes stand beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autospec.kernels.launch import (
+    can_wait,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    no_gpu,
+    power_of_2,
+    rows_of,
+    tl,
+    wrap_triton,
+)
+from autospec.kernels.paged_attention import block_pages, load_rows, row_numbers
+from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, deviation, time_graph
+
+
+@kernel_op()
+def dsa_indexer_logits(
+    index_q: Tensor, index_weights: Tensor, index_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
+    q_lens: Tensor | None = None, scale: float = 1.0, index_topk: int = 0,
+) -> Tensor:
+    """index_q [B, N, Hi, Di] -> [B, N, max_pages * P] float32: sum over heads of weight * relu(scale * q . k).
+
+    All of it in float32, as transformers computes it. No causality here: dsa_topk applies it before it selects.
+    Unspecified: slots from kv_lens + N on; nodes past q_lens [B] int32 (None: all are valid); requests whose every slot
+    is selected anyway, kv_lens + N <= index_topk (0: none is). scale: 1 / sqrt(Di).
+    """
+    batch, q_len, _, head_dim = index_q.shape
+    keys = index_pages.index_select(0, page_table.reshape(-1)).reshape(batch, 1, -1, head_dim)
+    scores = torch.matmul(index_q.float(), keys.float().transpose(-1, -2)) * scale
+    return torch.matmul(index_weights.float().unsqueeze(-2), torch.relu(scores)).squeeze(-2)
+
+
+def why_not_triton(args: Mapping[str, Any]) -> str | None:
+    """Pages are addressed by row number; a tile holds all heads of a node and whole keys."""
+    index_q, index_pages = args["index_q"], args["index_pages"]
+    if index_q.dtype != index_pages.dtype:
+        return f"queries are {index_q.dtype}, pages {index_pages.dtype}"
+    if index_q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {index_q.dtype} is not float16, bfloat16 or float32"
+    if index_q.shape[2] > 64 or index_q.shape[3] > 128:
+        return f"{index_q.shape[2]} index heads of {index_q.shape[3]} do not fit a tile of 64 x 128"
+    if not index_pages.is_contiguous():
+        return "the pages are not contiguous"
+    return no_gpu(args)
+
+
+NODES = 8  # that read a block of keys from the same program; more would leave a short context few programs (a guess)
+
+# B requests (i_b), groups of NODES nodes (i_g), H index heads (o_h), blocks of T slots (i_t, o_t), D elements (o_d).
+
+
+@jit
+def score_slots(
+    p_q, p_weights, p_pages, p_table, p_lens, p_q_lens, p_out, stride_qb, stride_qn, stride_qh, stride_wb, stride_wn,
+    stride_tb, q_len, max_pages, index_topk, scale,
+    H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, IS_WIDE: tl.constexpr, NODES: tl.constexpr, T: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, WAITS: tl.constexpr,
+):
+    """Scores of one block of slots for a group of nodes: its keys are read once."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
+    i_t, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    scale = tl.cast(scale, tl.float32)
+    capacity = max_pages * PAGE
+    length = tl.load(p_lens + i_b) + q_len
+    last = q_len
+    if p_q_lens is not None:
+        last = tl.minimum(tl.load(p_q_lens + i_b), q_len)
+    last = tl.minimum(last, (i_g + 1) * NODES)
+    # A request whose every slot is selected, or a block behind its length, has nothing to score.
+    last = tl.where((length > index_topk) & (i_t * T < length), last, 0)
+    o_t, o_h, o_d = i_t * T + tl.arange(0, T), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    m_t = o_t < tl.minimum(length, capacity)
+    m_h = o_h < H
+    m_q = m_h[:, None] & (o_d < D)[None, :]
+    if i_g * NODES < last:
+        pages = block_pages(p_table + i_b * stride_tb, i_t, capacity, T, PAGE)
+        b_k = load_rows(p_pages, row_numbers(pages, i_t, T, PAGE, IS_WIDE), m_t, o_d, D, D)
+        for i_n in range(i_g * NODES, last):
+            p_rows = p_q + i_b * stride_qb + i_n * stride_qn + (o_h * stride_qh)[:, None] + o_d[None, :]
+            b_q = tl.load(p_rows, mask=m_q, other=0.0)
+            b_weight = tl.load(p_weights + i_b * stride_wb + i_n * stride_wn + o_h, mask=m_h, other=0.0).to(tl.float32)
+            b_s = tl.maximum(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale, 0.0)
+            b_out = tl.sum(b_s * b_weight[:, None], 0)
+            tl.store(p_out + (i_b * q_len + i_n) * capacity + o_t, b_out, mask=m_t)
+
+
+@dsa_indexer_logits.implementation("triton", why_not=why_not_triton, waits=True)
+def dsa_indexer_logits_triton(
+    index_q: Tensor, index_weights: Tensor, index_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
+    q_lens: Tensor | None = None, scale: float = 1.0, index_topk: int = 0,
+) -> Tensor:
+    """One program per block of slots and group of nodes; heads are summed in registers and never written."""
+    q, weights = rows_of(index_q), rows_of(index_weights)
+    batch, q_len, heads, head_dim = q.shape
+    max_pages, page_size = page_table.shape[1], index_pages.shape[1]
+    out = q.new_empty(batch, q_len, max_pages * page_size, dtype=torch.float32)
+    slots = 128 if q.element_size() == 2 else 64
+    grid = ((max_pages * page_size + slots - 1) // slots, (q_len + NODES - 1) // NODES, batch)
+    wrap_triton(score_slots, waits=True)[grid](
+        q, weights, index_pages, page_table, kv_lens, q_lens, out, q.stride(0), q.stride(1), q.stride(2),
+        weights.stride(0), weights.stride(1), page_table.stride(0), q_len, max_pages, index_topk, scale,
+        H=heads, D=head_dim, PAGE=page_size, IS_WIDE=index_pages.numel() >= 2**31, NODES=NODES, T=slots,
+        BLOCK_H=max(power_of_2(heads), 16), BLOCK_D=max(power_of_2(head_dim), 16), WAITS=can_wait(q), num_warps=4,
+    )
+    return out
+
+
+def random_case(
+    device: torch.device, batch: int, q_len: int, context: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
+    """DeepSeek-V3.2's sizes: 64 heads of 128, page 64, bfloat16 -> (index_q, index_weights, index_pages), the other arguments."""
+    max_pages = (context + q_len + 63) // 64
+    index_q = torch.randn(batch, q_len, 64, 128, device=device, dtype=torch.bfloat16)
+    index_weights = torch.randn(batch, q_len, 64, device=device) / 8
+    index_pages = torch.randn(1 + batch * max_pages, 64, 128, device=device, dtype=torch.bfloat16)
+    page_table = (1 + torch.randperm(batch * max_pages, device=device)).reshape(batch, max_pages).int()
+    kv_lens = torch.full((batch,), context, device=device, dtype=torch.int32)
+    return (index_q, index_weights, index_pages), (page_table, kv_lens, None, 128**-0.5, 2048)
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """64 heads of 128, bfloat16, page 64; exact is the reference in float64, in the slots that hold rows."""
+    for context in (4096, 32768, 131072):
+        for q_len in (1, 2, 4):
+            floats, rest = random_case(device, 1, q_len, context)
+            held = slice(0, context + q_len)
+
+            def mine(floats=floats, rest=rest) -> Tensor:
+                return dsa_indexer_logits_triton(*floats, *rest)
+
+            def reference(floats=floats, rest=rest) -> Tensor:
+                return dsa_indexer_logits.reference(*floats, *rest)
+
+            keys = floats[2].double()[rest[0][0].long()].flatten(0, 1)[held]
+            scores = torch.relu(floats[0][0].double() @ keys.T * rest[3])
+            exact = (floats[1][0].double()[:, None] @ scores).squeeze(1)
+            error = deviation(mine()[0][:, held], exact)
+            moved = (context + q_len) * (128 * 2 + q_len * 4) + floats[0].nbytes + floats[1].nbytes
+            times = time_graph(mine), time_graph(reference)
+            yield Measurement("dsa_indexer_logits", f"1 x {q_len}, {context}", *times, moved, error)

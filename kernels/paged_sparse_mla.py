@@ -1,0 +1,181 @@
+"""Attention in latent space over the slots that dsa_topk selected (DeepSeek sparse attention): paged_mla on a choice of rows.
+
+q_latent [B, N, H, kv_lora_rank], q_rope [B, N, H, qk_rope_head_dim] and latent_pages as in paged_mla; page_table
+[B, max_pages] int32; indices [B, N, K] int32, slots of the request, each at most once, in any order, -1 where there is none.
+What a node may see is decided by whoever selected: this op knows no lengths and no tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autospec.kernels.attention import attend
+from autospec.kernels.launch import (
+    can_wait,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    multiprocessors,
+    power_of_2,
+    rows_of,
+    tl,
+    wrap_triton,
+)
+from autospec.kernels.paged_attention import fold_in, load_rows
+from autospec.kernels.paged_mla import Tile, combine_latents, random_case
+from autospec.kernels.paged_mla import why_not_triton as why_not_triton_mla
+from autospec.kernels.registry import kernel_op
+from autospec.kernels.timing import Measurement, measure
+
+
+@kernel_op()
+def paged_sparse_mla(
+    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, indices: Tensor, scale: float = 1.0
+) -> Tensor:
+    """q_latent [B, N, H, kv_lora_rank], q_rope [B, N, H, rope] -> [B, N, H, kv_lora_rank] in q_latent's dtype.
+
+    indices [B, N, K] int32: the slots to attend to, -1 for none; a row without any becomes 0. scale as in paged_mla.
+    """
+    batch, q_len, heads, kv_lora_rank = q_latent.shape
+    page_size = latent_pages.shape[1]
+    slots = indices.clamp(min=0).long()
+    pages = page_table.long().gather(1, (slots // page_size).flatten(1)).reshape(slots.shape)
+    rows = latent_pages[pages, slots % page_size].reshape(batch * q_len, -1, 1, latent_pages.shape[2])
+    q = torch.cat([q_latent, q_rope], -1).reshape(batch * q_len, 1, heads, -1)
+    is_there = (indices >= 0).reshape(batch * q_len, 1, -1)
+    out = attend(q, rows, rows[..., :kv_lora_rank], is_there, None, scale, 0.0)
+    return torch.where(is_there.any(-1)[:, :, None, None], out, 0.0).reshape(q_latent.shape)
+
+
+def why_not_triton(args: Mapping[str, Any]) -> str | None:
+    """The tiles are those of paged_mla."""
+    return why_not_triton_mla(args)
+
+
+def choose_tile(q_latent: Tensor, indices: Tensor) -> Tile:
+    """A tile and as many splits as fill the GPU, from shapes alone. Not tuned, only sized, as paged_mla's."""
+    batch, q_len, heads, kv_lora_rank = q_latent.shape
+    row_bytes = power_of_2(kv_lora_rank) * q_latent.element_size()
+    rows = min(max(power_of_2(heads), 16), 64 if row_bytes <= 1024 else 16)
+    slots = 64 if row_bytes <= 1024 else 16
+    programs = batch * q_len * ((heads + rows - 1) // rows)
+    splits = 1
+    while splits < 64 and programs * splits * 2 <= multiprocessors(q_latent) and splits * 4 * slots <= indices.shape[2]:
+        splits *= 2
+    return Tile(rows, slots, splits, 8 if rows * row_bytes >= 64 * 512 else 4, 2)
+
+
+# B requests (i_b), N nodes (i_n), H heads. Every node has slots of its own, so a tile holds M heads of one node (o_m) and T
+# of its K selected slots (o_t); S splits of the selected (i_s); R and E elements of a latent row, as in paged_mla.
+
+
+@jit
+def attend_selected(
+    p_q, p_qe, p_pages, p_table, p_indices, p_out, p_lse, stride_qb, stride_qn, stride_qh, stride_eb, stride_en,
+    stride_eh, stride_tb, stride_ib, stride_in, q_len, scale,
+    H: tl.constexpr, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    IS_WIDE: tl.constexpr, M: tl.constexpr, T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    WAITS: tl.constexpr,
+):
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
+    i_n, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    scale = tl.cast(scale, tl.float32)
+    o_m = i_m * M + tl.arange(0, M)
+    o_r, o_e = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
+    m_m = o_m < H
+    p_rows = p_q + i_b * stride_qb + i_n * stride_qn + (o_m * stride_qh)[:, None] + o_r[None, :]
+    b_q = tl.load(p_rows, mask=m_m[:, None] & (o_r < R)[None, :], other=0.0)
+    p_rows = p_qe + i_b * stride_eb + i_n * stride_en + (o_m * stride_eh)[:, None] + o_e[None, :]
+    b_qe = tl.load(p_rows, mask=m_m[:, None] & (o_e < E)[None, :], other=0.0)
+    p_indices += i_b * stride_ib + i_n * stride_in
+    p_table += i_b * stride_tb
+
+    b_top = tl.full((M,), -1.0e30, tl.float32)
+    b_sum = tl.zeros((M,), tl.float32)
+    b_acc = tl.zeros((M, BLOCK_R), tl.float32)
+    for i_t in range(i_s * T, K, SPLITS * T):  # the splits take turns: what is selected stands in front
+        o_t = i_t + tl.arange(0, T)
+        b_slot = tl.load(p_indices + o_t, mask=o_t < K, other=-1)
+        m_t = b_slot >= 0
+        b_row = tl.load(p_table + b_slot // PAGE, mask=m_t, other=0)
+        if IS_WIDE:
+            b_row = b_row.to(tl.int64)
+        b_row = b_row * PAGE + b_slot % PAGE
+        b_c = load_rows(p_pages, b_row, m_t, o_r, R + E, R)
+        b_e = load_rows(p_pages + R, b_row, m_t, o_e, R + E, E)
+        b_rope = tl.dot(b_qe, tl.trans(b_e), input_precision="ieee") * scale
+        b_top, b_sum, b_acc = fold_in(b_q, b_c, b_c, m_t[None, :], b_rope, b_top, b_sum, b_acc, scale, 0.0)
+
+    b_out = b_acc * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None]
+    o_row = (i_b * q_len + i_n) * H + o_m
+    if SPLITS > 1:
+        b_lse = tl.where(b_sum == 0.0, -float("inf"), b_top + tl.log2(b_sum))
+        tl.store(p_lse + o_row * SPLITS + i_s, b_lse, mask=m_m)
+        o_row = o_row * SPLITS + i_s
+        m_m &= b_sum != 0.0
+    p_rows = p_out + o_row[:, None] * R + o_r[None, :]
+    tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_r < R)[None, :])
+
+
+def attend_indices(
+    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, indices: Tensor, scale: float, tile: Tile
+) -> Tensor:
+    """Launch with a given tile."""
+    q, qe, indices = rows_of(q_latent), rows_of(q_rope), rows_of(indices)
+    batch, q_len, heads, kv_lora_rank = q.shape
+    out = q.new_empty(q.shape)
+    if tile.splits == 1:
+        part = lse = out
+    else:
+        part = q.new_empty(batch, q_len, heads, tile.splits, kv_lora_rank, dtype=torch.float32)
+        lse = q.new_empty(batch, q_len, heads, tile.splits, dtype=torch.float32)
+    wrap_triton(attend_selected, waits=True)[((heads + tile.rows - 1) // tile.rows * tile.splits, q_len, batch)](
+        q, qe, latent_pages, page_table, indices, part, lse, q.stride(0), q.stride(1), q.stride(2), qe.stride(0),
+        qe.stride(1), qe.stride(2), page_table.stride(0), indices.stride(0), indices.stride(1), q_len, scale,
+        H=heads, R=kv_lora_rank, E=qe.shape[3], K=indices.shape[2], PAGE=latent_pages.shape[1], SPLITS=tile.splits,
+        IS_WIDE=latent_pages.numel() >= 2**31, M=tile.rows, T=tile.slots,
+        BLOCK_R=max(power_of_2(kv_lora_rank), 16), BLOCK_E=max(power_of_2(qe.shape[3]), 16),
+        WAITS=can_wait(q), num_warps=tile.warps, num_stages=tile.stages,
+    )
+    if tile.splits > 1:
+        columns = min(power_of_2(kv_lora_rank), 128)
+        wrap_triton(combine_latents, waits=True)[(batch * q_len * heads, (kv_lora_rank + columns - 1) // columns)](
+            part, lse, out, R=kv_lora_rank, SPLITS=tile.splits, BLOCK_C=columns, WAITS=can_wait(q),
+            num_warps=4 if tile.splits >= 16 else 1,
+        )
+    return out
+
+
+@paged_sparse_mla.implementation("triton", why_not=why_not_triton, waits=True)
+def paged_sparse_mla_triton(
+    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, indices: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Flash attention over gathered latent rows: each serves as key and value of all heads of a tile."""
+    tile = choose_tile(q_latent, indices)
+    return attend_indices(q_latent, q_rope, latent_pages, page_table, indices, scale, tile)
+
+
+def bench(device: torch.device) -> Iterator[Measurement]:
+    """128 heads of 512 + 64, bfloat16, page 64, 2048 random slots a node; exact is the reference in float64."""
+    for context in (4096, 32768, 131072):
+        for q_len in (1, 2, 4):
+            floats, (page_table, *_, scale) = random_case(device, 1, q_len, context, False)
+            indices = torch.rand(1, q_len, context, device=device).topk(2048).indices.sort(-1).values.int()
+            rest = page_table, indices, scale
+            exact = paged_sparse_mla.reference(*(one.double() for one in floats), *rest)
+
+            def mine(floats=floats, rest=rest) -> Tensor:
+                return paged_sparse_mla_triton(*floats, *rest)
+
+            def reference(floats=floats, rest=rest) -> Tensor:
+                return paged_sparse_mla.reference(*floats, *rest)
+
+            moved = q_len * 2048 * 576 * 2 + 2 * floats[0].nbytes + floats[1].nbytes
+            yield measure("paged_sparse_mla", f"1 x {q_len} of {context}", mine, reference, moved, exact)

@@ -41,7 +41,7 @@ def dsa_indexer_logits(
     Unspecified: slots from kv_lens + N on; nodes past q_lens [B] int32 (None: all are valid); requests whose every slot
     is selected anyway, kv_lens + N <= index_topk (0: none is). scale: 1 / sqrt(Di).
     """
-    batch, q_len, _, head_dim = index_q.shape
+    batch, head_dim = index_q.shape[0], index_q.shape[3]
     keys = index_pages.index_select(0, page_table.reshape(-1)).reshape(batch, 1, -1, head_dim)
     scores = torch.matmul(index_q.float(), keys.float().transpose(-1, -2)) * scale
     return torch.matmul(index_weights.float().unsqueeze(-2), torch.relu(scores)).squeeze(-2)

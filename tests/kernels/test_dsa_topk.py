@@ -56,7 +56,7 @@ def expected(case: Case) -> Tensor:
         for n in range(q_len):
             slots = visible(case, b, n)
             if len(slots) > case.index_topk:
-                best = sorted(slots, key=lambda slot: (-float(case.logits[b, n, slot]), slot))  # noqa: B023
+                best = sorted(slots, key=lambda slot: (-float(case.logits[b, n, slot]), slot))
                 slots = sorted(best[: case.index_topk])
             rows.append(slots + [-1] * (width - len(slots)))
     return torch.tensor(rows, dtype=torch.int32).reshape(batch, q_len, width)

@@ -121,7 +121,7 @@ def count_digits(
     if WAITS:
         gdc_launch_dependents()
         gdc_wait()
-    i_s, i_r = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_r, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_b, i_n = i_r // q_len, (i_r % q_len).to(tl.int32)
     kv_len, end, per_split, scored = row_of_split(
         p_lens, p_q_lens, i_b, i_n, q_len, earlier, num_slots, index_topk, SPLITS, BLOCK_S
@@ -160,7 +160,7 @@ def write_best(
     if WAITS:
         gdc_launch_dependents()
         gdc_wait()
-    i_s, i_r = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_r, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_b, i_n = i_r // q_len, (i_r % q_len).to(tl.int32)
     kv_len, end, per_split, scored = row_of_split(
         p_lens, p_q_lens, i_b, i_n, q_len, earlier, num_slots, index_topk, SPLITS, BLOCK_S
@@ -230,10 +230,10 @@ def select_slots(
     options = {"WORDS": words, "SPLITS": splits, "BLOCK_S": block, "WAITS": can_wait(logits)}
     warps = max(1, min(block // 256, 8))
     for stage in range(4):
-        wrap_triton(count_digits, waits=True)[(splits, rows)](
+        wrap_triton(count_digits, waits=True)[(rows, splits)](
             logits, kv_lens, q_lens, mask, counts, *lengths, STAGE=stage, num_warps=warps, **options
         )
-    wrap_triton(write_best, waits=True)[(splits, rows)](
+    wrap_triton(write_best, waits=True)[(rows, splits)](
         logits, kv_lens, q_lens, mask, counts, out, *lengths, width, num_warps=warps, **options
     )
     return out

@@ -119,9 +119,13 @@ def test_from_a_path_to_tokens(tmp_path: Path) -> None:
     assert torch.equal(fast.generate(prompt, max_new_tokens=12, do_sample=False), expected)
     assert f"k_pages.{LAYERS + 2}" in fast.program.state_slots()
     assert f"k_pages.{LAYERS + 3}" not in fast.program.state_slots()
-    recycled = autospec.optimize(target, MTPConfig(tmp_path, max_draft_len=4, use_mtp_vanilla=False), compile="eager")
-    assert torch.equal(recycled.generate(prompt, max_new_tokens=12, do_sample=False), expected)
-    assert f"k_pages.{LAYERS + 1}" not in recycled.program.state_slots()
+
+
+def test_as_many_modules_are_read_as_the_draft_has_levels(tmp_path: Path) -> None:
+    _, target = made_of("mimo", tmp_path)
+    asked = [MTPConfig(max_draft_len=2), MTPConfig(tmp_path, max_draft_len=7), MTPConfig(str(tmp_path), use_mtp_vanilla=False)]
+    assert [len(load_mtp_modules(one, target).depths) for one in asked] == [2, 3, 1]
+    assert len(load_mtp_modules(MTPConfig(load_mtp(tmp_path, target, 3), max_draft_len=2), target).depths) == 2
 
 
 def test_copies_of_the_target_are_shared_and_others_are_kept(tmp_path: Path) -> None:

@@ -71,9 +71,12 @@ def compile_package(module: fx.GraphModule, path: Path) -> None:
     for node in plain.graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key == "val"}
     examples = tuple(node.meta["val"] for node in module.graph.find_nodes(op="placeholder"))
-    # As in lower.compile_with_inductor; threads are those of the machine that runs, not of the one that compiles.
+    # As in lower.compile_with_inductor; threads are those of the machine that runs, not of the one that compiles. A process of
+    # one thread would compile parallel regions whose serial parts every thread of a later process runs: torch 2.13 leaves out
+    # their `omp single`, and rows were finished a token early.
     options: dict[str, Any] = {
         "reorder_for_locality": False, "size_asserts": False, "cpp.min_chunk_size": 8192, "cpp.dynamic_threads": True,
+        "cpp.threads": max(2, torch.get_num_threads()),
     }  # fmt: skip
     try:
         with torch.no_grad():

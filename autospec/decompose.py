@@ -1,8 +1,8 @@
 """From torch.export's training graph to the functional one that the passes read.
 
 `ExportedProgram.run_decompositions` traces the whole model again with symbolic shapes: 34 of the 50 s that capturing 32
-Llama layers took on a CPU (2026-11-21). Most decoders need no more than these renamings, which are done in place here; a graph
-with anything else that writes or that is made of smaller ops is traced again as before.
+Llama layers took on a CPU (2026-11-21). Llama and its likes need no more than these renamings, which are done in place here; a
+graph with anything else that writes or that is made of smaller ops is traced again as before.
 
     %c = aten.to.dtype(%x : f32, bf16)  ->  %c = aten._to_copy(%x, dtype=bf16)
     %c = aten.to.dtype(%x : f32, f32)   ->  %x
@@ -76,12 +76,8 @@ def _rename(graph: fx.Graph, node: fx.Node) -> None:
     found = _rename_of(node)
     assert found is not None, f"%{node.name} was found to be renamable"
     target, args, kwargs = found
-    if target is aten.alias.default:
+    if target is aten.alias.default and all(user.op != "output" for user in node.users):
         node.replace_all_uses_with(args[0])
         graph.erase_node(node)
         return
-    with graph.inserting_before(node):
-        new = graph.create_node("call_function", target, args, kwargs)
-    new.meta.update(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    node.target, node.args, node.kwargs = target, args, kwargs  # the name stays: the program's signature refers to outputs

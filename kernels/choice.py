@@ -8,8 +8,10 @@ measured touches a program's tensors or its random numbers.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -38,12 +40,12 @@ class Times:
     failures: Mapping[str, str] = field(default_factory=dict)
     unmeasured: str | None = None
 
-    def best(self, candidates: Sequence[Implementation]) -> Implementation:
-        """The fastest; the first candidate that did not fail where nothing is known."""
+    def best(self, candidates: Sequence[Implementation]) -> Implementation | None:
+        """The fastest; the first candidate that did not fail where nothing is known; None if all of them did."""
         known = [one for one in candidates if one.backend in self.microseconds]
         if known:
             return min(known, key=lambda one: self.microseconds[one.backend])
-        return next((one for one in candidates if one.backend not in self.failures), candidates[0])
+        return next((one for one in candidates if one.backend not in self.failures), None)
 
     def __str__(self) -> str:
         if self.unmeasured is not None:
@@ -69,7 +71,8 @@ def times_of(kernel: KernelOp, candidates: Sequence[Implementation], arguments: 
             return known  # memory may be there next time
         _seen[place, key] = known
         if known.microseconds != stored:
-            write_file(place, key, {**stored, **known.microseconds})
+            kept = {backend: time for backend, time in stored.items() if backend not in known.failures}
+            write_file(place, key, kept | dict(known.microseconds))
     return Times({name: time for name, time in known.microseconds.items() if name in wanted}, known.failures)
 
 
@@ -90,7 +93,17 @@ def environment(device: torch.device) -> str:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"no {package}")
+    versions.append(f"kernels {sources_digest()}")
     return ", ".join([torch.cuda.get_device_name(device), *versions])
+
+
+@cache
+def sources_digest() -> str:
+    """Names the kernels' source code: another tile has another time."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def spec_text(kernel: KernelOp, arguments: Mapping[str, Any]) -> str:
@@ -167,8 +180,8 @@ def read_file() -> dict[str, dict[str, dict[str, float]]]:
         content = json.loads(path.read_text())
         for times in content.values():
             for row in times.values():
-                if not all(isinstance(time, float) for time in row.values()):
-                    raise ValueError("a time is not a number")
+                if not all(isinstance(time, (int, float)) and math.isfinite(time) for time in row.values()):
+                    raise ValueError("a time is not a finite number")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError) as error:
@@ -181,10 +194,11 @@ def write_file(place: str, key: str, times: Mapping[str, float]) -> None:
     """Add one measurement; the file is replaced at once, so that a reader sees all of it or nothing."""
     path, content = times_file(), read_file()
     content.setdefault(place, {})[key] = dict(times)
+    text = json.dumps(content, indent=1, sort_keys=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            (Path(folder) / path.name).write_text(text)
+            os.replace(Path(folder) / path.name, path)
     except OSError as error:
         warnings.warn(f"kernel times cannot be stored in {path}, they are measured every time: {error}", stacklevel=2)

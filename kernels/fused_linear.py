@@ -120,6 +120,10 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
         return f"{rows} rows are more than {MOST_NORMED} to norm in every program"
     if not weight.is_contiguous():
         return "the weight is not contiguous"
+    for name, size in (("norm_weight", inputs), ("next_norm", outputs)):
+        vector = args.get(name)
+        if vector is not None and (vector.shape != (size,) or not vector.is_contiguous()):
+            return f"{name} is {list(vector.shape)}, not {size} numbers in a row"
     return None
 
 

@@ -50,12 +50,14 @@ def launching_directly() -> Iterator[None]:
 class _Direct:
     """A kernel that is launched by Triton itself."""
 
-    def __init__(self, kernel: Any, options: dict[str, Any]) -> None:
-        self.kernel, self.options = kernel, options
+    def __init__(self, kernel: Any, waits: bool) -> None:
+        self.kernel, self.waits = kernel, waits
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def launch(*args: Any, **kwargs: Any) -> Any:
-            return self.kernel[grid](*args, **kwargs, **self.options)
+            # Never early without the wait inside, which older GPUs lack.
+            early = {"launch_pdl": True} if self.waits and kwargs["WAITS"] else {}
+            return self.kernel[grid](*args, **kwargs, **early)
 
         return launch
 
@@ -70,7 +72,7 @@ def wrap_triton(kernel: Any, waits: bool = False) -> Any:
     if not isinstance(kernel, triton.runtime.JITFunction):
         return kernel
     if _is_direct.get():
-        return _Direct(kernel, {"launch_pdl": True} if waits else {})
+        return _Direct(kernel, waits)
     return torch.library.wrap_triton(kernel)
 
 

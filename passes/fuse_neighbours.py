@@ -114,8 +114,8 @@ def _gated(place: _Place) -> _Place:
     halves.sort(key=lambda half: int(argument(half, "start") or 0))
     last = node.meta["val"].dim() - 1
     for half, (start, end) in zip(halves, ((0, width // 2), (width // 2, width)), strict=True):
-        dim, low, high, *step = half.args[1:]
-        if dim not in (-1, last) or low != start or min(high, width) != end or step not in ([], [1]):
+        dim, low, high, step = (argument(half, name) for name in ("dim", "start", "end", "step"))
+        if dim not in (-1, last) or (low or 0) != start or min(width if high is None else high, width) != end or step != 1:
             return place
     act = _only_user(halves[0])
     if act is None or act.target not in _ACTIVATIONS or _only_user(halves[1]) is not _only_user(act):
@@ -170,7 +170,9 @@ def _norm_before(place: _Place) -> _Norm | None:
         h, eps, mean = found["h"], found["plus"].args[1], found["mean"]
         is_over_the_row = mean.args[1] in ([-1], [mean.meta["val"].dim() - 1]) and mean.args[2:] == (True,)
         is_plain = normed.meta["val"].dtype == h.meta["val"].dtype == weight.meta["val"].dtype
-        if is_over_the_row and is_plain and weight.meta["val"].dim() == 1 and isinstance(eps, float):
+        # A computed weight may not be there yet where the layer before would need it, a short one would be broadcast.
+        is_stored = weight.op == "placeholder" and weight.meta["val"].shape == h.meta["val"].shape[-1:]
+        if is_over_the_row and is_plain and is_stored and isinstance(eps, float):
             return _Norm(h, weight, eps)
     return None
 
@@ -192,7 +194,8 @@ def _prepared(module: fx.GraphModule, place: _Place, norm: _Norm) -> _Place | No
         return None
     builder = Builder(module, before, before.meta.get("module", ""))
     whole, scaled, squares = builder.calls(fused_linear_normed, **_by_name(before), next_norm=norm.weight)
-    wider = _Place(place.linear, place.result, scaled, place.options | {"squares": squares, "eps": norm.eps}, place.between)
+    options = {name: whole if value is before else value for name, value in place.options.items()}
+    wider = _Place(place.linear, place.result, scaled, options | {"squares": squares, "eps": norm.eps}, place.between)
     if wider.why_not() is not None:
         for node in (whole, scaled, squares, whole.args[0]):
             module.graph.erase_node(node)  # type: ignore[arg-type]

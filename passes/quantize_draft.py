@@ -34,9 +34,11 @@ class QuantizeDraft(Pass):
         count = 0
         for node in calls(module, aten.linear):
             weight = operand(node, 1)
-            if weight.op != "placeholder" or not slot_of(weight).name.startswith(self.prefix):
+            if weight.op != "placeholder":
                 continue
             slot = slot_of(weight)
+            if not all(name.startswith(self.prefix) for name in slot.parts or (slot.name,)):
+                continue
             rows = node.meta["val"].numel() // node.meta["val"].shape[-1]
             reason = _why_not(slot, rows)
             if reason is not None:

@@ -43,6 +43,8 @@ def is_traced_again(monkeypatch: pytest.MonkeyPatch, write: Callable[[Tensor], T
     monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", run_decompositions)
     program = functional(exported(write))
     monkeypatch.undo()
+    returned = [getattr(node, "name", None) for node in program.graph.output_node().args[0]]
+    assert [spec.arg.name for spec in program.graph_signature.output_specs] == returned
     x = torch.randn(3, 5, 8).bfloat16()
     assert torch.equal(program.module()(x), exported(write).module()(x))
     for node in program.graph.nodes:
@@ -53,6 +55,7 @@ def is_traced_again(monkeypatch: pytest.MonkeyPatch, write: Callable[[Tensor], T
 
 RENAMED = {
     "norm": lambda x: (x.to(torch.float32) * x.float().pow(2).mean(-1, keepdim=True).rsqrt()).to(torch.bfloat16),
+    "a cast at the end": lambda x: (x + 1).to(torch.float32), "no cast at the end": lambda x: x.to(torch.bfloat16),
     "a cast to what it is": lambda x: x.to(torch.bfloat16) + 1,
     "heads": lambda x: x.view(*x.shape[:2], 2, 4).sin().reshape(*x.shape[:2], -1),
     "a product": lambda x: torch.matmul(x, x.transpose(1, 2)),

@@ -125,7 +125,7 @@ def test_a_new_candidate_is_measured(bench: Bench, monkeypatch: pytest.MonkeyPat
     assert bench.timed == ["slow", "slow", "quick"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": 3}', '{"a": {"b": {"c": "fast"}}}', "\x00"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 3}', '{"a": {"b": {"c": "fast"}}}', '{"a": {"b": {"c": NaN}}}', "\x00"])
 def test_a_corrupt_file_is_ignored_and_said_so(bench: Bench, content: str) -> None:
     choice.times_file().parent.mkdir(parents=True)
     choice.times_file().write_text(content)
@@ -154,6 +154,16 @@ def test_wrong_and_failing_ones_are_out_with_the_reason(bench: Bench, monkeypatc
     assert bench.timed == ["slow", "slow"], "and tried again by the next one"
     only = [twin(broken), QUICK]
     assert bench.times(*only, shape=(3,)).best(only) is QUICK
+
+
+def test_one_that_turned_out_wrong_loses_its_old_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.times(SLOW, QUICK)
+    forget(monkeypatch)
+    third = twin(broken)
+    with monkeypatch.context() as strict:
+        strict.setattr(choice, "allowed_deviation", lambda result: -1.0)
+        assert bench.times(SLOW, QUICK, third).best([SLOW, QUICK, third]) is None, "all failed: the reference runs"
+    assert choice.read_file() == {"H100, torch 2.11": {"double(x=float32[4, 5])": {}}}
 
 
 def test_short_memory_leaves_the_first(bench: Bench) -> None:

@@ -174,9 +174,37 @@ def _broadcast_bias(b: Builder, h: Any, w: Any, gate_up: Any, down: Any, bias: A
     return b.call(aten.add.Tensor, y, bias)
 
 
+def _computed_norm(b: Builder, h: Any, w: Any, gate_up: Any, down: Any, bias: Any) -> Any:
+    h = b.call(aten.linear.default, h, down)
+    return b.call(aten.linear.default, norm(b, h, b.call(aten.add.Tensor, w, 1.0)), down)
+
+
+def _scalar_norm(b: Builder, h: Any, w: Any, gate_up: Any, down: Any, bias: Any) -> Any:
+    return b.call(aten.linear.default, norm(b, h, b.call(aten.slice.Tensor, w, 0, 0, 1)), down)
+
+
+def _slices_without_end(b: Builder, h: Any, w: Any, gate_up: Any, down: Any, bias: Any) -> Any:
+    y = b.call(aten.linear.default, h, gate_up)
+    first, second = b.call(aten.slice.Tensor, y, -1, 0, INNER), b.call(aten.slice.Tensor, y, -1, INNER)
+    return b.call(aten.mul.Tensor, b.call(aten.silu.default, first), second)
+
+
+def test_the_residual_may_be_what_is_normed() -> None:
+    """h + W norm(h): the layer before is replaced, and what was found around this one refers to it."""
+
+    def write(b: Builder, h: Any, w: Any, gate_up: Any, down: Any, bias: Any) -> Any:
+        h = b.call(aten.linear.default, h, down)
+        return b.call(aten.add.Tensor, h, b.call(aten.linear.default, norm(b, h, w), down))
+
+    module = after(block(write), FuseNeighbours())
+    assert len(list(calls(module, fused_linear_normed))) == 1
+    assert options_of(module) == {"residual", "squares", "eps"}
+
+
 @pytest.mark.parametrize(
     ("write", "taken"),
     [
+        (_computed_norm, set()), (_scalar_norm, set()), (_slices_without_end, {"activation"}),
         (_norm_read_twice, set()), (_mean_over_columns, set()), (_fourth_powers, set()), (_up_before_gate, set()),
         (_exact_gelu, set()), (_tanh_gelu, {"activation"}), (_sum_read_before, set()), (_scaled_sum, set()),
         (_doubled, set()), (_broadcast_bias, set()),

@@ -15,7 +15,7 @@ take 145 at 3.0 TB/s):
     norms in the loop, kernels one after the other       173.7
     the next kernel launched at the start of each        184.8   (its programs take the place of late ones of this)
     the next kernel launched when a program is done      172.0
-    norms by the layer before                            167.6
+    norms by the layer before; gate and up: 8 warps      167.6
     the next kernel launched 512 inputs before the end,
     128 inputs of its weights fetched while it waits     165.2
 """
@@ -46,7 +46,7 @@ from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
 
 MOST = 64  # rows; past them arithmetic counts, and cuBLAS is as fast
-MOST_NORMED = 16  # rows that are normed in the loop: every program norms all of them (64 rows: 30.5 us instead of 20.9)
+MOST_NORMED = 16  # rows normed in the loop, by every program (qkv, 64 rows: 30.5 us; cuBLAS without the norm 20.9)
 PART = 32  # outputs whose squares are summed
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -148,7 +148,7 @@ class Tile:
 def choose_tile(rows: int, outputs: int, inputs: int, is_gated: bool, is_scaled: bool) -> Tile:
     """The best of a sweep of about 30 tiles per layer on an H100 80GB SXM, Llama-3.1-8B, triton 3.6, 2026-11-21.
 
-    Not so for float8, where 32 outputs were chosen by counting instructions: 1188 lines of PTX instead of 2283 for 64.
+    Not so for float8, whose tile was not timed: 32 outputs make 1188 lines of PTX, 64 make 2283 (triton 3.9, sm_90).
     """
     wide, stages, warps = (128, 4, 8) if is_gated else (256, 4, 4) if rows <= 16 else (128, 6, 4)
     while inputs % wide:
@@ -158,7 +158,7 @@ def choose_tile(rows: int, outputs: int, inputs: int, is_gated: bool, is_scaled:
 
 
 # float8_e4m3fn is sign, 4 bits of exponent (bias 7), 3 of mantissa. Put where a wider type has them, a byte is the same number
-# but for the bias, a power of two that the scales take up; four bytes take 8 instructions, a conversion takes 25.
+# but for the bias, a power of two that the scales take up: 8 instructions for four bytes.
 _WIDEN = """{{
     .reg .b32 t, s;
     prmt.b32 t, $2, 0, 0x1404;  shr.u32 s, t, {shift};  and.b32 s, s, {mask};  lop3.b32 $0, t, 0x80008000, s, 0xea;

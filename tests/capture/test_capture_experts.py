@@ -28,7 +28,16 @@ def test_the_op_is_the_module(activation):
     assert why_not_canonical(module) is None
     x, weights = torch.randn(7, 8), torch.rand(7, 2)
     index = torch.rand(7, 5).topk(2).indices
-    torch.testing.assert_close(experts_forward(module, x, index, weights), module(x, index, weights), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(experts_forward(module, x, index, weights), module(x, index, weights))
+
+
+def test_another_routing_is_not_the_module():
+    module = made(MixtralExperts, "mixtral")
+    x, weights = torch.randn(7, 8), torch.rand(7, 2)
+    index = torch.rand(7, 5).topk(2).indices
+    for planted in ((index.flip(-1), weights), (index, weights.flip(-1)), ((index + 1) % 5, weights)):
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(experts_forward(module, x, *planted), module(x, index, weights))
 
 
 def test_other_layouts_say_why_not():
@@ -45,4 +54,4 @@ def test_what_the_op_cannot_do_is_exported_as_before():
     module = made(MixtralExperts, "mixtral", hidden_act="relu2")
     x, weights = torch.randn(4, 8), torch.rand(4, 2)
     index = torch.rand(4, 5).topk(2).indices
-    torch.testing.assert_close(experts_forward(module, x, index, weights), module(x, index, weights), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(experts_forward(module, x, index, weights), module(x, index, weights))

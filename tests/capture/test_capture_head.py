@@ -120,7 +120,7 @@ def test_captured_passes_compute_what_the_head_computes(name: str) -> None:
         expected = [made(ids, made.fuse(taps), positions), made(ids, hidden, positions)] if name == "eagle" else [(made(taps),)]
     for graph, wanted in zip((found.first, found.following), expected, strict=False):
         for mine, theirs in zip(evaluate(graph, values), wanted, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mine, theirs)
 
 
 @functools.cache

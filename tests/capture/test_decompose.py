@@ -96,3 +96,9 @@ def test_any_chain_keeps_its_meaning(steps: list[Callable[[Tensor], Tensor]]) ->
 
     x = torch.randn(3, 5, 8).bfloat16()
     assert torch.equal(functional(exported(write)).module()(x), exported(write).module()(x))
+
+
+def test_a_write_that_is_taken_for_plain_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autospec.decompose._is_plain", lambda node: True)
+    with pytest.raises(AssertionError):
+        is_traced_again(monkeypatch, TRACED["in place"])

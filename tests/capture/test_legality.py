@@ -35,7 +35,7 @@ class Planted(nn.Module):
         return self.mlp(self.change(x))
 
     def change(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} plants nothing")
 
 
 class Convolution(Planted):

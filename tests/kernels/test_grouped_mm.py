@@ -15,14 +15,14 @@ from autospec.kernels.grouped_mm import grouped_mm, grouped_mm_loop, why_not_loo
 def test_every_row_meets_its_own_weight(seed: int, sizes: list[int], left: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     ends = torch.tensor(sizes).cumsum(0).int()
-    rows = torch.randn(sum(sizes) + left, 3, generator=generator)
-    weight = torch.randn(len(sizes), 5, 3, generator=generator).transpose(1, 2)
+    rows = torch.randn(sum(sizes) + left, 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(len(sizes), 5, 3, generator=generator, dtype=torch.float64).transpose(1, 2)
     group = [index for index, size in enumerate(sizes) for _ in range(size)]
-    expected = torch.zeros(len(rows), 5)
+    expected = torch.zeros(len(rows), 5, dtype=torch.float64)
     for number, index in enumerate(group):
         expected[number] = rows[number] @ weight[index]
     for run in (grouped_mm.reference, grouped_mm_loop):
-        torch.testing.assert_close(run(rows, weight, ends), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(run(rows, weight, ends), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_loop_is_for_cpus() -> None:

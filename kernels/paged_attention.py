@@ -33,6 +33,7 @@ from autospec.kernels.launch import (
 )
 from autospec.kernels.native import not_on_cpu, why_not_built
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.splits import combine, split_buffers, store_share
 from autospec.kernels.timing import Measurement, measure
 from autospec.kernels.tree_tables import tree_tables
 
@@ -395,36 +396,8 @@ def attend_split(
         b_top, b_sum, b_acc = fold_in(b_q, b_k, b_v, m_visible, b_bias, b_top, b_sum, b_acc, scale, SOFTCAP)
 
     b_sum = tl.where(m_m, b_sum, 0.0)
-    b_out = b_acc * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None]
     o_row = (i_b * q_len + o_node) * (H * G) + o_head
-    m_m = o_node < q_len
-    if SPLITS > 1:
-        b_lse = tl.where(b_sum == 0.0, -float("inf"), b_top + tl.log2(b_sum))
-        tl.store(p_lse + o_row * SPLITS + i_s, b_lse, mask=m_m)
-        o_row = o_row * SPLITS + i_s
-        m_m &= b_sum != 0.0
-    p_rows = p_out + o_row[:, None] * DV + o_dv[None, :]
-    tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < DV)[None, :])
-
-
-@jit
-def combine_splits(
-    p_part, p_lse, p_out, DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_DV: tl.constexpr, WAITS: tl.constexpr
-):
-    """Weigh the splits of one row (i_r) by their share of the softmax; a row that saw nothing becomes 0."""
-    if WAITS:
-        gdc_launch_dependents()
-        gdc_wait()
-    i_r = tl.program_id(0).to(tl.int64)
-    o_s, o_dv = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
-    b_lse = tl.load(p_lse + i_r * SPLITS + o_s)
-    m_s = b_lse > -float("inf")
-    p_rows = p_part + (i_r * SPLITS + o_s)[:, None] * DV + o_dv[None, :]
-    b_part = tl.load(p_rows, mask=m_s[:, None] & (o_dv < DV)[None, :], other=0.0)
-    b_weight = tl.where(m_s, tl.exp2(b_lse - tl.maximum(tl.max(b_lse, 0), -1.0e30)), 0.0)
-    total = tl.sum(b_weight, 0)
-    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(p_out + i_r * DV + o_dv, b_out.to(p_out.dtype.element_ty), mask=o_dv < DV)
+    store_share(p_out, p_lse, o_row, i_s, o_node < q_len, b_top, b_sum, b_acc, o_dv, DV, SPLITS)
 
 
 def attend_pages(
@@ -438,11 +411,7 @@ def attend_pages(
     kv_heads, v_dim = v_pages.shape[2:]
     group = q_heads // kv_heads
     out = q.new_empty(batch, q_len, q_heads, v_dim)
-    if tile.splits == 1:
-        part = lse = out
-    else:
-        part = q.new_empty(batch, q_len, q_heads, tile.splits, v_dim, dtype=torch.float32)
-        lse = q.new_empty(batch, q_len, q_heads, tile.splits, dtype=torch.float32)
+    part, lse = split_buffers(out, tile.splits)
     block_dv = max(power_of_2(v_dim), 16)
     wrap_triton(attend_split, waits=True)[((q_len * group + tile.rows - 1) // tile.rows * tile.splits, kv_heads, batch)](
         q, k_pages, v_pages, page_table, kv_lens, q_lens, None if tree_mask is None else tree_mask.contiguous(), sinks,
@@ -455,10 +424,7 @@ def attend_pages(
         M=tile.rows, T=tile.slots, BLOCK_D=max(power_of_2(head_dim), 16), BLOCK_DV=block_dv,
         PREFETCH=tile.is_prefetching, WAITS=can_wait(q), num_warps=tile.warps, num_stages=tile.stages,
     )
-    if tile.splits > 1:
-        wrap_triton(combine_splits, waits=True)[(batch * q_len * q_heads,)](
-            part, lse, out, DV=v_dim, SPLITS=tile.splits, BLOCK_DV=block_dv, WAITS=can_wait(q), num_warps=1
-        )
+    combine(part, lse, out, tile.splits, columns=512, warps=1)
     return out
 
 

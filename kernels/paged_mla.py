@@ -33,6 +33,7 @@ from autospec.kernels.native import not_on_cpu
 from autospec.kernels.paged_attention import block_pages, linked_nodes, load_rows, row_numbers, visible_slots
 from autospec.kernels.paged_attention import why_not_cpu as why_not_paged_attention
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.splits import combine, split_buffers, store_share
 from autospec.kernels.timing import Measurement, measure
 from autospec.kernels.tree_tables import tree_tables
 
@@ -173,36 +174,8 @@ def attend_latents(
         b_top = b_new
 
     b_sum = tl.where(m_m, b_sum, 0.0)
-    b_out = b_acc * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None]
     o_row = (i_b * q_len + o_node) * H + o_head
-    m_m = o_node < q_len
-    if SPLITS > 1:
-        b_lse = tl.where(b_sum == 0.0, -float("inf"), b_top + tl.log2(b_sum))
-        tl.store(p_lse + o_row * SPLITS + i_s, b_lse, mask=m_m)
-        o_row = o_row * SPLITS + i_s
-        m_m &= b_sum != 0.0
-    p_rows = p_out + o_row[:, None] * R + o_r[None, :]
-    tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_r < R)[None, :])
-
-
-@jit
-def combine_latents(
-    p_part, p_lse, p_out, R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, WAITS: tl.constexpr
-):
-    """Weigh the splits of C columns of one row (i_r) by their share of the softmax; a row that saw nothing becomes 0."""
-    if WAITS:
-        gdc_launch_dependents()
-        gdc_wait()
-    i_r = tl.program_id(0).to(tl.int64)
-    o_s, o_c = tl.arange(0, SPLITS), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_lse = tl.load(p_lse + i_r * SPLITS + o_s)
-    m_s = b_lse > -float("inf")
-    p_rows = p_part + (i_r * SPLITS + o_s)[:, None] * R + o_c[None, :]
-    b_part = tl.load(p_rows, mask=m_s[:, None] & (o_c < R)[None, :], other=0.0)
-    b_weight = tl.where(m_s, tl.exp2(b_lse - tl.maximum(tl.max(b_lse, 0), -1.0e30)), 0.0)
-    total = tl.sum(b_weight, 0)
-    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(p_out + i_r * R + o_c, b_out.to(p_out.dtype.element_ty), mask=o_c < R)
+    store_share(p_out, p_lse, o_row, i_s, o_node < q_len, b_top, b_sum, b_acc, o_r, R, SPLITS)
 
 
 def attend_latent_pages(
@@ -213,11 +186,7 @@ def attend_latent_pages(
     q, qe = rows_of(q_latent), rows_of(q_rope)
     batch, q_len, heads, kv_lora_rank = q.shape
     out = q.new_empty(q.shape)
-    if tile.splits == 1:
-        part = lse = out
-    else:
-        part = q.new_empty(batch, q_len, heads, tile.splits, kv_lora_rank, dtype=torch.float32)
-        lse = q.new_empty(batch, q_len, heads, tile.splits, dtype=torch.float32)
+    part, lse = split_buffers(out, tile.splits)
     wrap_triton(attend_latents, waits=True)[((q_len * heads + tile.rows - 1) // tile.rows * tile.splits, batch)](
         q, qe, latent_pages, page_table, kv_lens, q_lens, None if tree_mask is None else tree_mask.contiguous(), part, lse,
         q.stride(0), q.stride(1), q.stride(2), qe.stride(0), qe.stride(1), qe.stride(2), page_table.stride(0),
@@ -228,12 +197,7 @@ def attend_latent_pages(
         BLOCK_R=max(power_of_2(kv_lora_rank), 16), BLOCK_E=max(power_of_2(qe.shape[3]), 16),
         WAITS=can_wait(q), num_warps=tile.warps, num_stages=tile.stages,
     )
-    if tile.splits > 1:
-        columns = min(power_of_2(kv_lora_rank), 128)
-        wrap_triton(combine_latents, waits=True)[(batch * q_len * heads, (kv_lora_rank + columns - 1) // columns)](
-            part, lse, out, R=kv_lora_rank, SPLITS=tile.splits, BLOCK_C=columns, WAITS=can_wait(q),
-            num_warps=4 if tile.splits >= 16 else 1,
-        )
+    combine(part, lse, out, tile.splits, columns=128, warps=4 if tile.splits >= 16 else 1)
     return out
 
 

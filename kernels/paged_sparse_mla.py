@@ -26,9 +26,10 @@ from autospec.kernels.launch import (
     wrap_triton,
 )
 from autospec.kernels.paged_attention import fold_in, load_rows
-from autospec.kernels.paged_mla import Tile, combine_latents, random_case
+from autospec.kernels.paged_mla import Tile, random_case
 from autospec.kernels.paged_mla import why_not_triton as why_not_triton_mla
 from autospec.kernels.registry import kernel_op
+from autospec.kernels.splits import combine, split_buffers, store_share
 from autospec.kernels.timing import Measurement, measure
 
 
@@ -117,15 +118,8 @@ def attend_selected(
         b_rope = tl.dot(b_qe, tl.trans(b_e), input_precision="ieee") * scale
         b_top, b_sum, b_acc = fold_in(b_q, b_c, b_c, m_t[None, :], b_rope, b_top, b_sum, b_acc, scale, 0.0)
 
-    b_out = b_acc * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None]
     o_row = (i_b * q_len + i_n) * H + o_m
-    if SPLITS > 1:
-        b_lse = tl.where(b_sum == 0.0, -float("inf"), b_top + tl.log2(b_sum))
-        tl.store(p_lse + o_row * SPLITS + i_s, b_lse, mask=m_m)
-        o_row = o_row * SPLITS + i_s
-        m_m &= b_sum != 0.0
-    p_rows = p_out + o_row[:, None] * R + o_r[None, :]
-    tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_r < R)[None, :])
+    store_share(p_out, p_lse, o_row, i_s, m_m, b_top, b_sum, b_acc, o_r, R, SPLITS)
 
 
 def attend_indices(
@@ -135,11 +129,7 @@ def attend_indices(
     q, qe, indices = rows_of(q_latent), rows_of(q_rope), rows_of(indices)
     batch, q_len, heads, kv_lora_rank = q.shape
     out = q.new_empty(q.shape)
-    if tile.splits == 1:
-        part = lse = out
-    else:
-        part = q.new_empty(batch, q_len, heads, tile.splits, kv_lora_rank, dtype=torch.float32)
-        lse = q.new_empty(batch, q_len, heads, tile.splits, dtype=torch.float32)
+    part, lse = split_buffers(out, tile.splits)
     wrap_triton(attend_selected, waits=True)[((heads + tile.rows - 1) // tile.rows * tile.splits, q_len, batch)](
         q, qe, latent_pages, page_table, indices, part, lse, q.stride(0), q.stride(1), q.stride(2), qe.stride(0),
         qe.stride(1), qe.stride(2), page_table.stride(0), indices.stride(0), indices.stride(1), q_len, scale,
@@ -148,12 +138,7 @@ def attend_indices(
         BLOCK_R=max(power_of_2(kv_lora_rank), 16), BLOCK_E=max(power_of_2(qe.shape[3]), 16),
         WAITS=can_wait(q), num_warps=tile.warps, num_stages=tile.stages,
     )
-    if tile.splits > 1:
-        columns = min(power_of_2(kv_lora_rank), 128)
-        wrap_triton(combine_latents, waits=True)[(batch * q_len * heads, (kv_lora_rank + columns - 1) // columns)](
-            part, lse, out, R=kv_lora_rank, SPLITS=tile.splits, BLOCK_C=columns, WAITS=can_wait(q),
-            num_warps=4 if tile.splits >= 16 else 1,
-        )
+    combine(part, lse, out, tile.splits, columns=128, warps=4 if tile.splits >= 16 else 1)
     return out
 
 

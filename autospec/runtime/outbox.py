@@ -37,8 +37,8 @@ class Outbox(Generic[What]):
     def send(self, what: What, results: Sequence[Tensor]) -> None:
         """Start copying what a launch left on the device."""
         if self.device.type != "cuda":
-            # State among the results changes with the next launch.
-            self._under_way.append((what, [result.clone() for result in results], None))
+            # State among the results changes with the next launch; what is read before that needs no copy.
+            self._under_way.append((what, [result.clone() if self.lag else result for result in results], None))
             return
         # The buffers of the launch before the last `lag` ones: it was read.
         buffers = self._pinned[self._sent % len(self._pinned)]

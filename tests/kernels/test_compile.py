@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from autospec.kernels import splits
 from autospec.kernels.launch import triton
 
 pytest.importorskip("triton")
@@ -57,9 +58,10 @@ def compile_call(monkeypatch: pytest.MonkeyPatch, file: str, function: str, *arg
     if not isinstance(getattr(module, "wrap_triton", None), type(lambda: 0)):
         pytest.skip("kernels are interpreted in this process")
     compiler = Compiler()
-    monkeypatch.setattr(module, "wrap_triton", compiler)
-    if hasattr(module, "can_wait"):
-        monkeypatch.setattr(module, "can_wait", lambda tensor: True)
+    for one in (module, splits):
+        monkeypatch.setattr(one, "wrap_triton", compiler)
+        if hasattr(one, "can_wait"):
+            monkeypatch.setattr(one, "can_wait", lambda tensor: True)
     getattr(module, function)(*args)
     return [name for name, _ in compiler.compiled]
 
@@ -181,7 +183,7 @@ DSA: dict[str, tuple[str, Any]] = {
         ints(2), 0.1, 0)),
     "selection": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, None, None)),
     "selection, tree": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, ints(2), ints(2, 40, 2))),
-    "sparse attention": ("combine_latents", lambda: (
+    "sparse attention": ("combine_splits", lambda: (
         "paged_sparse_mla", torch.zeros(1, 1, 128, 512).bfloat16(), torch.zeros(1, 1, 128, 64).bfloat16(),
         torch.zeros(9, 64, 576).bfloat16(), ints(1, 64), ints(1, 1, 2048), 0.1)),
     "sparse attention, float32": ("attend_selected", lambda: (

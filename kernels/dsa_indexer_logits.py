@@ -9,6 +9,7 @@ unrotated part, as a latent row is. Any N runs as it is: a node's scores do not 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,7 +62,18 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
     return no_gpu(args)
 
 
-NODES = 8  # that read a block of keys from the same program; more would leave a short context few programs (a guess)
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut: slots of a block, nodes that read it from the same program (more would leave a short context few
+    programs); warps."""
+
+    slots: int
+    nodes: int
+    warps: int
+
+
+TILES = {2: Tile(128, 8, 4), 4: Tile(64, 8, 4)}  # by the bytes of an element; a guess
+
 
 # B requests (i_b), groups of NODES nodes (i_g), H index heads (o_h), blocks of T slots (i_t, o_t), D elements (o_d).
 
@@ -103,25 +115,33 @@ def score_slots(
             tl.store(p_out + (i_b * q_len + i_n) * capacity + o_t, b_out, mask=m_t)
 
 
+def score_pages(
+    index_q: Tensor, index_weights: Tensor, index_pages: Tensor, page_table: Tensor, kv_lens: Tensor, q_lens: Tensor | None,
+    scale: float, index_topk: int, tile: Tile,
+) -> Tensor:
+    """Launch with a given tile."""
+    q, weights = rows_of(index_q), rows_of(index_weights)
+    batch, q_len, heads, head_dim = q.shape
+    max_pages, page_size = page_table.shape[1], index_pages.shape[1]
+    out = q.new_empty(batch, q_len, max_pages * page_size, dtype=torch.float32)
+    grid = (max_pages * page_size + tile.slots - 1) // tile.slots, (q_len + tile.nodes - 1) // tile.nodes, batch
+    wrap_triton(score_slots, waits=True)[grid](
+        q, weights, index_pages, page_table, kv_lens, q_lens, out, q.stride(0), q.stride(1), q.stride(2),
+        weights.stride(0), weights.stride(1), page_table.stride(0), q_len, max_pages, index_topk, scale,
+        H=heads, D=head_dim, PAGE=page_size, IS_WIDE=index_pages.numel() >= 2**31, NODES=tile.nodes, T=tile.slots,
+        BLOCK_H=max(power_of_2(heads), 16), BLOCK_D=max(power_of_2(head_dim), 16), WAITS=can_wait(q), num_warps=tile.warps,
+    )
+    return out
+
+
 @dsa_indexer_logits.implementation("triton", why_not=why_not_triton, waits=True)
 def dsa_indexer_logits_triton(
     index_q: Tensor, index_weights: Tensor, index_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
     q_lens: Tensor | None = None, scale: float = 1.0, index_topk: int = 0,
 ) -> Tensor:
     """One program per block of slots and group of nodes; heads are summed in registers and never written."""
-    q, weights = rows_of(index_q), rows_of(index_weights)
-    batch, q_len, heads, head_dim = q.shape
-    max_pages, page_size = page_table.shape[1], index_pages.shape[1]
-    out = q.new_empty(batch, q_len, max_pages * page_size, dtype=torch.float32)
-    slots = 128 if q.element_size() == 2 else 64
-    grid = ((max_pages * page_size + slots - 1) // slots, (q_len + NODES - 1) // NODES, batch)
-    wrap_triton(score_slots, waits=True)[grid](
-        q, weights, index_pages, page_table, kv_lens, q_lens, out, q.stride(0), q.stride(1), q.stride(2),
-        weights.stride(0), weights.stride(1), page_table.stride(0), q_len, max_pages, index_topk, scale,
-        H=heads, D=head_dim, PAGE=page_size, IS_WIDE=index_pages.numel() >= 2**31, NODES=NODES, T=slots,
-        BLOCK_H=max(power_of_2(heads), 16), BLOCK_D=max(power_of_2(head_dim), 16), WAITS=can_wait(q), num_warps=4,
-    )
-    return out
+    tile = TILES[index_q.element_size()]
+    return score_pages(index_q, index_weights, index_pages, page_table, kv_lens, q_lens, scale, index_topk, tile)
 
 
 def random_case(

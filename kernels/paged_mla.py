@@ -10,7 +10,7 @@ chains, trees and q_lens as in paged_attention. Windows and chunks do not exist 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,23 +83,33 @@ class Tile:
     stages: int
 
 
-def choose_tile(q_latent: Tensor, latent_pages: Tensor, page_table: Tensor) -> Tile:
-    """A tile and as many splits as fill the GPU, from shapes alone: lengths stay on the device.
+# Rows of all requests (node, head) from which a tile serves -> the tile; its splits are the most that it may have.
+# Latent rows of up to 1024 bytes, and wider ones. Not tuned, only sized: a 64 x 512 float32 accumulator takes 128 registers
+# of each of 256 threads; queries, two stages of 64 bfloat16 rows of 576 and the probabilities take 224 of 227 KB of shared
+# memory (triton 3.6: nothing is spilled).
+TILES = {0: Tile(64, 64, 64, 8, 2)}
+WIDE_TILES = {0: Tile(16, 16, 64, 4, 2)}
 
-    Not tuned, only sized: a 64 x 512 float32 accumulator takes 128 registers of each of 256 threads; queries, two stages
-    of 64 bfloat16 rows of 576 and the probabilities take 224 of 227 KB of shared memory (triton 3.6: nothing is spilled).
-    A split keeps two blocks, since what it writes for the combination (2 KB per row) soon outweighs what it reads.
+
+def pick_tile(tiles: Mapping[int, Tile], all_rows: int, rows: int, capacity: int, processors: int) -> Tile:
+    """The tile of a table for `all_rows` rows of all requests, `rows` of them of each unit of `capacity` slots that tiles
+    share nothing with. Splits fill the GPU as far as each keeps two blocks: what it writes for the combination (2 KB per
+    row) soon outweighs what it reads.
     """
-    batch, q_len, heads, kv_lora_rank = q_latent.shape
-    capacity = page_table.shape[1] * latent_pages.shape[1]
-    row_bytes = power_of_2(kv_lora_rank) * q_latent.element_size()
-    rows = min(max(power_of_2(q_len * heads), 16), 64 if row_bytes <= 1024 else 16)
-    slots = 64 if row_bytes <= 1024 else 16
-    programs = batch * ((q_len * heads + rows - 1) // rows)
-    splits = 1
-    while splits < 64 and programs * splits * 2 <= multiprocessors(q_latent) and splits * 4 * slots <= capacity:
+    tile = tiles[max(least for least in tiles if least <= all_rows)]
+    height = min(max(power_of_2(rows), 16), tile.rows)
+    programs, splits = all_rows // rows * ((rows + height - 1) // height), 1
+    while splits < tile.splits and programs * splits * 2 <= processors and splits * 4 * tile.slots <= capacity:
         splits *= 2
-    return Tile(rows, slots, splits, 8 if rows * row_bytes >= 64 * 512 else 4, 2)
+    return replace(tile, rows=height, splits=splits, warps=tile.warps if height == tile.rows else 4)
+
+
+def choose_tile(q_latent: Tensor, latent_pages: Tensor, page_table: Tensor) -> Tile:
+    """A tile and as many splits as fill the GPU, from shapes alone: lengths stay on the device."""
+    batch, q_len, heads, kv_lora_rank = q_latent.shape
+    tiles = TILES if power_of_2(kv_lora_rank) * q_latent.element_size() <= 1024 else WIDE_TILES
+    capacity = page_table.shape[1] * latent_pages.shape[1]
+    return pick_tile(tiles, batch * q_len * heads, q_len * heads, capacity, multiprocessors(q_latent))
 
 
 # B requests (i_b), N nodes, H heads that share every slot. A tile holds M rows (o_m): row r is node r // H and head r % H,
@@ -254,20 +264,30 @@ def random_case(
     return floats, (page_table, kv_lens, None, tree_mask, 192**-0.5)
 
 
+def bench_cases(device: torch.device) -> Iterator[tuple[str, int, tuple[Any, ...]]]:
+    """(case, bytes that must move, arguments): 128 heads of 512 + 64, bfloat16, page 64; chains, and a random tree of 32."""
+    shapes = [(batch, q_len, False) for batch in (1, 16) for q_len in (1, 4)] + [(1, 32, False), (1, 32, True)]
+    for context in (2048, 4096, 16384):
+        for batch, q_len, is_tree in shapes:
+            floats, rest = random_case(device, batch, q_len, context, is_tree)
+            case = f"{batch} x {q_len}{' tree' if is_tree else ''}, {context}"
+            moved = batch * (context + q_len) * 576 * 2 + 2 * floats[0].nbytes + floats[1].nbytes
+            yield case, moved, (*floats, *rest)
+
+
+def exact_result(arguments: tuple[Any, ...]) -> Tensor:
+    """The reference in float64."""
+    return paged_mla.reference(*(one.double() for one in arguments[:3]), *arguments[3:])
+
+
 def bench(device: torch.device) -> Iterator[Measurement]:
-    """128 heads of 512 + 64, bfloat16, page 64; chains, and a random tree of 32; exact is the reference in float64."""
-    for batch, q_len, context, is_tree in (
-        (1, 1, 4096, False), (1, 4, 4096, False), (16, 4, 4096, False), (1, 32, 4096, True), (1, 32, 4096, False),
-    ):
-        floats, rest = random_case(device, batch, q_len, context, is_tree)
-        exact = paged_mla.reference(*(one.double() for one in floats), *rest)
+    """Triton against the reference; exact is the reference in float64."""
+    for case, moved, arguments in bench_cases(device):
 
-        def mine(floats=floats, rest=rest) -> Tensor:
-            return paged_mla_triton(*floats, *rest)
+        def mine(arguments=arguments) -> Tensor:
+            return paged_mla_triton(*arguments)
 
-        def reference(floats=floats, rest=rest) -> Tensor:
-            return paged_mla.reference(*floats, *rest)
+        def reference(arguments=arguments) -> Tensor:
+            return paged_mla.reference(*arguments)
 
-        moved = batch * (context + q_len) * 576 * 2 + 2 * floats[0].nbytes + floats[1].nbytes
-        case = f"{batch} x {q_len}{' tree' if is_tree else ''}, {context}"
-        yield measure("paged_mla", case, mine, reference, moved, exact)
+        yield measure("paged_mla", case, mine, reference, moved, exact_result(arguments))

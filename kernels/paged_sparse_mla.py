@@ -8,12 +8,17 @@ What a node may see is decided by whoever selected: this op knows no lengths and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autospec.kernels.attention import attend
+from autospec.kernels.dsa_indexer_logits import dsa_indexer_logits_triton
+from autospec.kernels.dsa_indexer_logits import random_case as random_index_case
+from autospec.kernels.dsa_topk import dsa_topk_triton
 from autospec.kernels.launch import (
     can_wait,
     gdc_launch_dependents,
@@ -26,7 +31,7 @@ from autospec.kernels.launch import (
     wrap_triton,
 )
 from autospec.kernels.paged_attention import fold_in, load_rows
-from autospec.kernels.paged_mla import Tile, random_case
+from autospec.kernels.paged_mla import Tile, paged_mla_triton, pick_tile, random_case
 from autospec.kernels.paged_mla import why_not_triton as why_not_triton_mla
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.splits import combine, split_buffers, store_share
@@ -57,21 +62,17 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
     return why_not_triton_mla(args)
 
 
-def choose_tile(q_latent: Tensor, indices: Tensor) -> Tile:
-    """A tile and as many splits as fill the GPU, from shapes alone.
+# As paged_mla's: rows of all requests from which a tile serves. Not tuned, only sized: blocks of 32 slots instead of 64, since
+# every row has an address of its own (compiled for sm_90 by triton 3.9, 64 spill 304 bytes a thread, 32 spill 112).
+TILES = {0: Tile(64, 32, 64, 8, 2)}
+WIDE_TILES = {0: Tile(16, 16, 64, 4, 2)}
 
-    Not tuned, only sized, as paged_mla's: of 32 slots instead of 64, since every row has an address of its own (compiled
-    for sm_90 by triton 3.9, 64 spill 304 bytes a thread, 32 spill 112).
-    """
+
+def choose_tile(q_latent: Tensor, indices: Tensor) -> Tile:
+    """A tile and as many splits as fill the GPU, from shapes alone; every node has slots of its own."""
     batch, q_len, heads, kv_lora_rank = q_latent.shape
-    row_bytes = power_of_2(kv_lora_rank) * q_latent.element_size()
-    rows = min(max(power_of_2(heads), 16), 64 if row_bytes <= 1024 else 16)
-    slots = 32 if row_bytes <= 1024 else 16
-    programs = batch * q_len * ((heads + rows - 1) // rows)
-    splits = 1
-    while splits < 64 and programs * splits * 2 <= multiprocessors(q_latent) and splits * 4 * slots <= indices.shape[2]:
-        splits *= 2
-    return Tile(rows, slots, splits, 8 if rows * row_bytes >= 64 * 512 else 4, 2)
+    tiles = TILES if power_of_2(kv_lora_rank) * q_latent.element_size() <= 1024 else WIDE_TILES
+    return pick_tile(tiles, batch * q_len * heads, heads, indices.shape[2], multiprocessors(q_latent))
 
 
 # B requests (i_b), N nodes (i_n), H heads. Every node has slots of its own, so a tile holds M heads of one node (o_m) and T
@@ -168,3 +169,29 @@ def bench(device: torch.device) -> Iterator[Measurement]:
 
             moved = q_len * 2048 * 576 * 2 + 2 * floats[0].nbytes + floats[1].nbytes
             yield measure("paged_sparse_mla", f"1 x {q_len} of {context}", mine, reference, moved, exact)
+    yield from bench_layer(device)
+
+
+def bench_layer(device: torch.device) -> Iterator[Measurement]:
+    """What a layer does, index scores, selection and attention, with 64 index heads of 128 and index_topk 2048; the column of
+    the reference is dense paged_mla over the same rows. Scores are random, so what is selected lies scattered; its rows are
+    counted once for every node, but never more than there are. Exact attends in float64 to what was selected.
+    """
+    for batch, context, q_len in product((1, 16), (4096, 16384, 32768, 131072), (1, 2, 4)):
+        floats, dense = random_case(device, batch, q_len, context, False)
+        page_table, kv_lens, *_, scale = dense
+        index_floats, index_rest = random_index_case(device, batch, q_len, context)
+        logits_of = partial(dsa_indexer_logits_triton, *index_floats, page_table, *index_rest[1:])
+
+        def mine(floats=floats, logits_of=logits_of, page_table=page_table, kv_lens=kv_lens, scale=scale) -> Tensor:
+            return paged_sparse_mla_triton(*floats, page_table, dsa_topk_triton(logits_of(), kv_lens, 2048), scale)
+
+        def in_full(floats=floats, dense=dense) -> Tensor:
+            return paged_mla_triton(*floats, *dense)
+
+        indices = dsa_topk_triton(logits_of(), kv_lens, 2048)
+        exact = paged_sparse_mla.reference(*(one.double() for one in floats), page_table, indices, scale)
+        rows = min(q_len * 2048, context + q_len)
+        moved = batch * (rows * 576 * 2 + (context + q_len) * 128 * 2)
+        moved += 2 * floats[0].nbytes + floats[1].nbytes + index_floats[0].nbytes + index_floats[1].nbytes
+        yield measure("DSA, one layer", f"{batch} x {q_len}, {context}", mine, in_full, moved, exact)

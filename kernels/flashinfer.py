@@ -47,15 +47,20 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _not_for_flashinfer(args: Mapping[str, Any]) -> str | None:
-    """What no kernel of FlashInfer takes."""
-    q, k_pages, v_pages = args["q"], args["k_pages"], args["v_pages"]
-    for tensor in (q, k_pages, v_pages):
+def why_not_here(*tensors: Tensor) -> str | None:
+    """Why no kernel of FlashInfer can run on these tensors, whatever they hold."""
+    for tensor in tensors:
         if tensor.device.type != "cuda":
             return f"the tensors are on {tensor.device}, not on a CUDA device"
     if not torch.cuda.is_available():
         return "there is no GPU here to compile for"
-    if (reason := why_not_installed()) is not None:
+    return why_not_installed()
+
+
+def _not_for_flashinfer(args: Mapping[str, Any]) -> str | None:
+    """What no attention kernel of FlashInfer takes."""
+    q, k_pages, v_pages = args["q"], args["k_pages"], args["v_pages"]
+    if (reason := why_not_here(q, k_pages, v_pages)) is not None:
         return reason
     if not q.dtype == k_pages.dtype == v_pages.dtype:
         return f"queries are {q.dtype}, pages {k_pages.dtype} and {v_pages.dtype}"
@@ -130,7 +135,7 @@ def xqa_module(dtype: torch.dtype, page_size: int, head_dim: int, group: int, is
     return get_xqa_module(dtype, dtype, page_size, head_dim, group, is_windowed, dtype, width)
 
 
-def _hold_no_capture(device: torch.device) -> None:
+def hold_no_capture(device: torch.device) -> None:
     """What stays for later calls must not belong to a CUDA graph's memory."""
     is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     assert not is_capturing, "a FlashInfer kernel runs once before it is captured: it compiles and makes its semaphores"
@@ -139,14 +144,14 @@ def _hold_no_capture(device: torch.device) -> None:
 @cache
 def semaphores(device: torch.device) -> Tensor:
     """Counters that a kernel leaves as it found them: 0."""
-    _hold_no_capture(device)
+    hold_no_capture(device)
     return torch.zeros(SEMAPHORES, dtype=torch.int32, device=device)
 
 
 @cache
 def causal_mask(device: torch.device, batch: int, q_len: int) -> Tensor:
     """tree_mask [B, N, ceil(N/32)] int32 of a chain."""
-    _hold_no_capture(device)
+    hold_no_capture(device)
     visible = torch.arange(1, q_len + 1, device=device)[:, None] - 32 * torch.arange((q_len + 31) // 32, device=device)
     words = (1 << visible.clamp(0, 32)) - 1
     return torch.where(words >= 2**31, words - 2**32, words).int().expand(batch, -1, -1).contiguous()
@@ -272,6 +277,13 @@ def why_not_fa2(args: Mapping[str, Any]) -> str | None:
     return None
 
 
+def used_pages(lengths: Tensor, page_table: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """lengths [B] on the host -> where each request's pages end among all that are used [B + 1] int32, and these pages."""
+    pages = (lengths + page_size - 1) // page_size
+    used = torch.arange(page_table.shape[1])[None, :] < pages[:, None]
+    return torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int(), page_table[used.to(page_table.device)]
+
+
 @cache
 def fa2_wrapper(device: torch.device, is_masked: bool) -> Any:
     """One for each kind: the first plan of a wrapper decides whether it is FA2's or FA3's, and FA3 takes no mask."""
@@ -291,16 +303,14 @@ def paged_attention_fa2(
     batch, q_len, q_heads, head_dim = q.shape
     page_size, kv_heads, max_pages = k_pages.shape[1], k_pages.shape[2], page_table.shape[1]
     lengths = lengths_of(kv_lens, q_len, page_table, page_size)
-    pages = (lengths + page_size - 1) // page_size
-    ends = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
-    used = torch.arange(max_pages)[None, :] < pages[:, None]
+    ends, used = used_pages(lengths, page_table, page_size)
     mask = None
     if tree_mask is not None or chunk:
         visible = visible_slots(kv_lens.to(q.device), q_len, max_pages * page_size, window, chunk, tree_mask)
         mask = torch.cat([visible[b, :, :length].flatten() for b, length in enumerate(lengths.tolist())])
     wrapper = fa2_wrapper(q.device, mask is not None)
     wrapper.plan(
-        torch.arange(batch + 1, dtype=torch.int32) * q_len, ends, page_table[used.to(q.device)], (lengths - 1) % page_size + 1,
+        torch.arange(batch + 1, dtype=torch.int32) * q_len, ends, used, (lengths - 1) % page_size + 1,
         q_heads, kv_heads, head_dim, page_size, v_pages.shape[3], mask, None, mask is None,
         sm_scale=scale, window_left=window - 1 if window and mask is None else -1, logits_soft_cap=softcap or None,
         q_data_type=q.dtype, kv_data_type=k_pages.dtype,

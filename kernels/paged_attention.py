@@ -463,17 +463,22 @@ paged_attention.native(why_not=why_not_cpu)
 @paged_attention.sampler
 def sample(args: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
     """Random rows, pages in a random order, trees, and lengths about the middle of what the pages hold."""
-    device, (batch, q_len), max_pages = generator.device, args["q"].shape[:2], args["page_table"].shape[1]
     floats = {
-        name: torch.empty(args[name].shape, dtype=args[name].dtype, device=device).normal_(generator=generator)
+        name: torch.empty(args[name].shape, dtype=args[name].dtype, device=generator.device).normal_(generator=generator)
         for name in ("q", "k_pages", "v_pages", "sinks", "alibi_slopes") if args[name] is not None
     }
-    middle = max_pages * args["k_pages"].shape[1] // 2
+    return {**args, **floats, **sample_places(args, args["q"].shape[1], args["k_pages"], generator)}
+
+
+def sample_places(args: Mapping[str, Any], q_len: int, pages: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """Page table, lengths, valid rows and tree masks for a sample of an op over `pages`."""
+    device, (batch, max_pages) = generator.device, args["page_table"].shape
+    middle = max_pages * pages.shape[1] // 2
     spread = torch.randint(-(middle // 8), middle // 8 + 1, (batch,), generator=generator, device=device)
-    order = torch.randperm(max(args["k_pages"].shape[0] - 1, 1), generator=generator, device=device)
+    order = torch.randperm(max(pages.shape[0] - 1, 1), generator=generator, device=device)
     slots = torch.arange(batch * max_pages, device=device) % order.shape[0]
     made: dict[str, Any] = {
-        "page_table": (1 + order[slots]).clamp(max=args["k_pages"].shape[0] - 1).reshape(batch, max_pages).int(),
+        "page_table": (1 + order[slots]).clamp(max=pages.shape[0] - 1).reshape(batch, max_pages).int(),
         "kv_lens": (middle + spread - q_len).clamp(min=0).int(),
     }
     if args["q_lens"] is not None:
@@ -482,7 +487,7 @@ def sample(args: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any
         count, words = args["tree_mask"].shape[1:]
         mask = tree_tables.reference(random_tree(batch, count, generator))[0]
         made["tree_mask"] = torch.nn.functional.pad(mask, (0, words - mask.shape[2]))
-    return {**args, **floats, **made}
+    return made
 
 
 def random_tree(batch: int, count: int, generator: torch.Generator) -> Tensor:

@@ -30,7 +30,14 @@ from autospec.kernels.launch import (
     wrap_triton,
 )
 from autospec.kernels.native import not_on_cpu
-from autospec.kernels.paged_attention import block_pages, linked_nodes, load_rows, row_numbers, visible_slots
+from autospec.kernels.paged_attention import (
+    block_pages,
+    linked_nodes,
+    load_rows,
+    row_numbers,
+    sample_places,
+    visible_slots,
+)
 from autospec.kernels.paged_attention import why_not_cpu as why_not_paged_attention
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.splits import combine, split_buffers, store_share
@@ -245,6 +252,16 @@ def paged_mla_cpu(
     args = paged_mla.bind((q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale), {})
     out: Tensor = torch.ops.autospec_cpu.paged_attention(**as_attention(args))
     return out
+
+
+@paged_mla.sampler
+def sample(args: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """As paged_attention's."""
+    floats = {
+        name: torch.empty(args[name].shape, dtype=args[name].dtype, device=generator.device).normal_(generator=generator)
+        for name in ("q_latent", "q_rope", "latent_pages")
+    }
+    return {**args, **floats, **sample_places(args, args["q_latent"].shape[1], args["latent_pages"], generator)}
 
 
 def random_case(

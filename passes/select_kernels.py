@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import fx
 
-import autospec.kernels.flashinfer  # noqa: F401 - registers its implementations
+import autospec.kernels.flashinfer
+import autospec.kernels.flashinfer_mla  # noqa: F401 - registers its implementations
 from autospec.debug import names
 from autospec.errors import OptionError, unknown_option
 from autospec.ir.build import value_of

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autospec.kernels import choice
 from autospec.kernels.paged_attention import paged_attention, unpack_tree_mask, visible_slots
+from autospec.kernels.paged_mla import paged_mla
 from autospec.kernels.registry import Implementation, KernelOp
 
 SPEEDS = {"quick": 3.5, "slow": 9.25, "wrong": 1.0, "broken": 1.0, "full": 1.0}
@@ -206,16 +207,18 @@ def test_a_key_tells_arguments_apart() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(batch=st.integers(1, 4), q_len=st.integers(1, 40), before=st.integers(0, 9), is_tree=st.booleans(), words=st.integers(0, 1),
-       pages=st.integers(3, 12), has_lens=st.booleans())
-def test_inputs_of_paged_attention_are_realistic(batch, q_len, before, is_tree, words, pages, has_lens):
+       pages=st.integers(3, 12), has_lens=st.booleans(), is_latent=st.booleans())
+def test_inputs_of_attention_are_realistic(batch, q_len, before, is_tree, words, pages, has_lens, is_latent):
     """Inside their pages, about the middle, every page once, and a tree in which parents come first."""
     count, capacity = q_len + before, pages * 16
     mask = torch.zeros(batch, count, (count + 31) // 32 + words, dtype=torch.int32) if is_tree else None
-    args = paged_attention.bind((
-        torch.zeros(batch, q_len, 4, 8), torch.zeros(1 + batch * pages, 16, 2, 8), torch.zeros(1 + batch * pages, 16, 2, 6),
-        torch.zeros(batch, pages, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32),
-        torch.zeros(batch, dtype=torch.int32) if has_lens else None, mask, torch.zeros(4), 0.3), {})
-    made = paged_attention.sample(args, torch.Generator().manual_seed(0))
+    places = (torch.zeros(batch, pages, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32),
+              torch.zeros(batch, dtype=torch.int32) if has_lens else None, mask)  # fmt: skip
+    q, rows = torch.zeros(batch, q_len, 4, 8), torch.zeros(1 + batch * pages, 16, 2, 8)
+    op, args = paged_attention, paged_attention.bind((q, rows, rows[..., :6], *places, torch.zeros(4), 0.3), {})
+    if is_latent:
+        op, args = paged_mla, paged_mla.bind((q, q[..., :3], rows[:, :, 0, :1].expand(-1, -1, 11), *places, 0.3), {})
+    made = op.sample(args, torch.Generator().manual_seed(0))
     for name, value in args.items():
         assert type(made[name]) is type(value)
         if isinstance(value, Tensor):
@@ -230,7 +233,7 @@ def test_inputs_of_paged_attention_are_realistic(batch, q_len, before, is_tree, 
         assert not seen.triu(1).any()
         assert seen[:, :, 0].all(), "one tree, not several"
         assert visible_slots(lens, q_len, capacity, 0, 0, made["tree_mask"]).any(-1).all()
-    assert paged_attention(**made).isfinite().all()
+    assert op(**made).isfinite().all()
 
 
 @pytest.mark.cuda

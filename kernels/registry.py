@@ -55,6 +55,12 @@ class KernelOp:
     implementations: list[Implementation] = field(default_factory=list)
     sample: Sample | None = None  # what to measure implementations with; None: the first that can is taken
 
+    @property
+    def every_form(self) -> list[Any]:
+        """The operators that a call may have become: canonical, an implementation, one launched from Python."""
+        ops = [self.op, *(one.op for one in self.implementations)]
+        return ops + [DIRECT[op] for op in ops if op in DIRECT]
+
     def sampler(self, sample: Sample) -> Sample:
         """Declare realistic inputs to measure with: from the arguments by name (FakeTensors and scalars) to the same with
         new real tensors on the generator's device."""

@@ -102,7 +102,7 @@ def propose(fast: OptimizedModel, speculation: Speculation, prompts: Sequence[Se
 
 def _return_history(module: Any) -> None:
     """Let a graph return the candidates that its dynamic tree was chosen from, beside what it emitted."""
-    for node in calls(module, build_dynamic_tree):
+    for node in calls(module, build_dynamic_tree.every_form):
         output = module.graph.output_node()
         output.args = ((*output.args[0], *node.args[1:4]),)
         module.recompile()

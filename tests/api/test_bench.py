@@ -13,6 +13,7 @@ import torch
 from harness.models import captured, model
 from harness.programs import CHOICES, DRAFTERS
 from harness.text import char_tokenizer
+from torch import fx
 
 from autospec import bench
 from autospec.api import Limits, OptimizedModel
@@ -21,6 +22,7 @@ from autospec.benching.results import Parts, Run
 from autospec.cli import main
 from autospec.config import DraftTargetConfig, Eagle3Config, MTPConfig, NGramConfig
 from autospec.errors import AutospecError, CheckpointError, OptionError
+from autospec.kernels.build_dynamic_tree import build_dynamic_tree
 from autospec.trees import chain, dynamic_tree, static_tree
 
 PROMPTS = [[5, 9, 13, 2, 5, 9], [33, 7, 7, 20, 41]]
@@ -217,6 +219,18 @@ def test_replayed_drafts_do_what_runs_do(options: dict[str, Any]) -> None:
             bench.time_runs([real], PROMPTS, options, 1)
             length = 1 + sum(sum(one.reached) for one in real.metrics) / sum(one.row_steps for one in real.metrics)
             assert sweep.mean_length(proposals, tree, with_loops=True) == pytest.approx(length), str(tree)
+
+
+def test_the_history_is_found_behind_every_kernel() -> None:
+    """On a GPU the op that builds the tree is no longer the canonical one; a sweep there found no candidates."""
+    assert len(build_dynamic_tree.every_form) > 1
+    for op in build_dynamic_tree.every_form:
+        graph = fx.Graph()
+        made = graph.call_function(op, (*(graph.placeholder(name) for name in ("root", "tokens", "scores", "parents")), 4))
+        graph.output((made,))
+        module = fx.GraphModule(torch.nn.Module(), graph)
+        sweep._return_history(module)
+        assert [str(node) for node in graph.output_node().args[0][-3:]] == ["tokens", "scores", "parents"], op
 
 
 @pytest.mark.parametrize(("drafter", "trees"), [("ngram", False), ("medusa", True)])

@@ -105,8 +105,8 @@ def model_arguments(parser: argparse.ArgumentParser, *, or_artifact: bool = Fals
     parser.add_argument("model", help=f"{known}; or a folder that `autospec export` wrote" if or_artifact else known)
     parser.add_argument(
         "--speculation", default=None if or_artifact else "auto",
-        help="auto, ngram, none, draft:MODEL for an external draft model, eagle3:HEAD, medusa:HEAD, or mtp for the modules "
-        "in the checkpoint (default auto)",
+        help="auto, ngram, none, draft:MODEL for an external draft model, eagle3:HEAD, medusa:HEAD, mtp:HEAD, or mtp for "
+        "the modules in the model's own checkpoint (default auto)",
     )
     parser.add_argument("--max-draft-len", type=int, default=None, help="draft tokens per step, or levels of a tree")
     parser.add_argument("--eagle-choices", default=None, metavar="JSON",

@@ -21,6 +21,7 @@ class MTPLayout:
         embed_tokens, lm_head: copies of the target's that a file may repeat; None: it never does.
         is_embedding_first: the order in which proj reads the two.
         recycles_normed: the next pass reads the output behind the final norm, not before it.
+        counted_by: keys of config.json that say how many modules there are.
     """
 
     name: str
@@ -35,6 +36,7 @@ class MTPLayout:
     lm_head: str | None = None
     is_embedding_first: bool = True
     recycles_normed: bool = True
+    counted_by: tuple[str, ...] = ("num_nextn_predict_layers",)
 
 
 # GLM-4.5: engines differ in what is recycled; transformers and SGLang take it behind the norm.
@@ -51,6 +53,7 @@ QWEN = MTPLayout(
     name="qwen", families=("qwen3_next", "qwen3_5", "qwen3_5_moe"),
     embed_norm="mtp.pre_fc_norm_embedding", hidden_norm="mtp.pre_fc_norm_hidden", proj="mtp.fc", norm="mtp.norm",
     block="mtp.layers.{k}", root="mtp.", embed_tokens="mtp.embed_tokens", lm_head="mtp.lm_head",
+    counted_by=("num_nextn_predict_layers", "mtp_num_hidden_layers"),
 )  # fmt: skip
 MIMO = MTPLayout(
     name="mimo", families=("mimo",),
@@ -59,3 +62,9 @@ MIMO = MTPLayout(
     block="model.mtp_layers.{k}", root="model.mtp_layers.{k}.", is_embedding_first=False,
 )  # fmt: skip
 MTP_LAYOUTS = (DEEPSEEK, QWEN, MIMO)
+
+
+def layout_of(model_type: str) -> MTPLayout:
+    """How modules that are trained for a model are written: as its family does, else as DeepSeek-V3 does."""
+    family = model_type.removesuffix("_text")
+    return next((layout for layout in MTP_LAYOUTS if family in layout.families), DEEPSEEK)

@@ -79,6 +79,11 @@ class MTPHead(nn.Module):
 
     def forward(self, depth: int, input_ids: Tensor, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """One pass of a module: input_ids, position_ids [B, S] int64, hidden [B, S, H] -> logits [B, S, V], recycled [B, S, H]."""
+        normed, recycled = self.run(depth, input_ids, hidden, position_ids)
+        return self.logits(depth, normed), recycled
+
+    def run(self, depth: int, input_ids: Tensor, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The pass without its logits: what lm_head reads, and what is recycled, both [B, S, H]."""
         module: Any = self.depths[depth]
         embeds = (module.embed_tokens or self.embed_tokens)(input_ids).to(hidden.dtype)
         parts = [module.embed_norm(embeds), module.hidden_norm(hidden)]
@@ -86,7 +91,13 @@ class MTPHead(nn.Module):
         out = module.block(x, position_embeddings=self.rotary_emb(x, position_ids), position_ids=position_ids)
         out = out[0] if isinstance(out, tuple) else out
         normed = module.norm(out)
-        return (module.lm_head or self.lm_head)(normed), normed if self.layout.recycles_normed else out
+        return normed, normed if self.layout.recycles_normed else out
+
+    def logits(self, depth: int, normed: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, V]."""
+        module: Any = self.depths[depth]
+        lm_head = module.lm_head or self.lm_head
+        return lm_head(normed.to(lm_head.weight.dtype))
 
     def own_state(self) -> dict[str, Tensor]:
         """What the file has to give: everything but what the target lends."""

@@ -33,7 +33,7 @@ def load_mtp(source: str | Path, target: Any, most: int) -> MTPHead:
         CheckpointError: there are none, they do not fit the target, or the target cannot lend what they need.
     """
     where = str(source)
-    decoder = _decoder(target)
+    decoder = decoder_of(target)
     num_layers = len(decoder.layers)
     _, files = tensor_names(source)
     layout = recognise(files, num_layers, where)
@@ -42,7 +42,7 @@ def load_mtp(source: str | Path, target: Any, most: int) -> MTPHead:
     if scaled := next((name for name in owned if re.fullmatch(SCALES, name)), None):
         raise CheckpointError("the MTP modules are quantized, and weights are read as they are", at=scaled, where=where,
                               help="name a checkpoint that has them in bf16: MTPConfig(speculative_model=PATH)")  # fmt: skip
-    like = _full_attention_layer(decoder, where)
+    like = full_attention_layer(decoder, where)
     tensors = stack_experts(read_named(owned))
     shared = _shared(tensors, target, layout, count, num_layers)
     for name in shared:
@@ -54,11 +54,10 @@ def load_mtp(source: str | Path, target: Any, most: int) -> MTPHead:
     found = {name: tensors[spelt] for name, spelt in spell.items() if spelt in tensors}
     found |= {name: value for name, value in tensors.items() if name not in used}
     check_tensors(where, layout.name, found, wanted, {**{name: name for name in found}, **spell})
-    dtypes = {f"block.{name}": value.dtype for name, value in decoder.layers[like].state_dict().items()}
-    weight = next(target.parameters())
+    weight, dtype_of = next(target.parameters()), dtypes_like(decoder.layers[like])
     ready: dict[str, Tensor] = {}  # by the file's names: what modules share stays one tensor
     for name, spelt in spell.items():
-        dtype = dtypes.get(name.split(".", 2)[2], weight.dtype)
+        dtype = dtype_of.get(name.split(".", 2)[2], weight.dtype)
         ready.setdefault(spelt, tensors[spelt].to(device=weight.device, dtype=dtype))
     head.load_state_dict({name: ready[spelt] for name, spelt in spell.items()}, strict=False, assign=True)
     empty = [name for name, value in (*head.depths.named_parameters(), *head.depths.named_buffers()) if value.is_meta]
@@ -66,6 +65,11 @@ def load_mtp(source: str | Path, target: Any, most: int) -> MTPHead:
     head.depths.requires_grad_(False)
     head.report = HeadReport(source=where, layout=layout.name, shared=tuple(sorted(shared)))
     return head.eval()
+
+
+def dtypes_like(layer: nn.Module) -> dict[str, torch.dtype]:
+    """The dtypes of a module's block, by names inside the module: those of the target's layer."""
+    return {f"block.{name}": value.dtype for name, value in layer.state_dict().items()}
 
 
 def recognise(names: Iterable[str], num_layers: int, where: str) -> MTPLayout:
@@ -123,7 +127,7 @@ def _is_owned(name: str, layout: MTPLayout, count: int, num_layers: int) -> bool
     return number is None or int(number[1]) < first + count
 
 
-def _decoder(target: Any) -> Any:
+def decoder_of(target: Any) -> Any:
     """The part of a causal LM that has layers, a final norm and rotary embeddings."""
     decoder = target.get_decoder() if hasattr(target, "get_decoder") else None
     lost = [name for name in ("layers", "norm", "rotary_emb") if getattr(decoder, name, None) is None]
@@ -135,7 +139,7 @@ def _decoder(target: Any) -> Any:
     return decoder
 
 
-def _full_attention_layer(decoder: Any, where: str) -> int:
+def full_attention_layer(decoder: Any, where: str) -> int:
     """The last layer of the target that attends to everything: what a block is made like."""
     kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
     full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]

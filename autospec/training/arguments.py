@@ -13,19 +13,20 @@ NOT_OPTIONS = ("run", "kind")
 
 
 def add_arguments(train: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of `train eagle3` and `train medusa`."""
+    """The parsers of `train eagle3`, `train medusa` and `train mtp`."""
     kinds = train.add_subparsers(title="heads", required=True, metavar="HEAD")
     found = {}
     for kind, help_text in (
         ("eagle3", "an EAGLE-3 head, by training-time test"),
         ("medusa", "Medusa heads"),
+        ("mtp", "modules for multi-token prediction, each a layer of the target's own kind"),
     ):
         parser = kinds.add_parser(
             kind, help=help_text, description=help_text, epilog=f"example:\n  {EXAMPLE.format(kind)}", allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         _common(parser)
-        (_eagle3 if kind == "eagle3" else _medusa)(parser)
+        {"eagle3": _eagle3, "medusa": _medusa, "mtp": _mtp}[kind](parser)
         found[kind] = parser
     return found
 
@@ -69,6 +70,12 @@ def _medusa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-layers", type=int, default=1, help="residual blocks per head (default 1)")
     parser.add_argument("--share-lm-head", action="store_true", help="train the blocks only, before the target's lm_head")
     parser.add_argument("--hard", action="store_true", help="learn the text's tokens, not the target's distribution")
+
+
+def _mtp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-modules", type=int, default=1,
+                        help="module i guesses draft token i, the first one again beyond the last (default 1)")  # fmt: skip
+    parser.add_argument("--unrolled-steps", type=int, default=3, help="draft tokens that training looks ahead (default 3)")
 
 
 def options_of(asked: Any) -> TrainingOptions:

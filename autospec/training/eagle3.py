@@ -1,12 +1,4 @@
-"""The training-time test of EAGLE-3: the head is unrolled on its own output, seeing exactly what drafting will show it.
-
-    step 0   row t: feature t and token t + 1, over the keys of step 0 up to row t      -> guesses token t + 2
-    step i   row t: its own output of step i - 1 and token t + 1 + i, rotary t + i,
-             over the keys of step 0 up to row t, then its own keys of steps 1 ... i    -> guesses token t + 2 + i
-
-Row t of step i is level i of a draft that starts after feature t: rows of the cache that were committed, then its own
-ancestors. The other rows of a later step belong to other drafts and are not seen.
-"""
+"""The EAGLE-3 head that is trained: its shape, its draft vocabulary, how it begins, and what it is unrolled on."""
 
 from __future__ import annotations
 
@@ -15,45 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import LlamaConfig
 
 from autospec.heads.eagle3 import Eagle3Head, Eagle3Layer, Eagle3Spec
 from autospec.training.features import Features, Target
-from autospec.training.loop import Batch, Loss
-
-
-class UnrolledAttention:
-    """The head's attention while it is unrolled; the first call of a layer is step 0."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [B, Hq, S, D], k, v [B, Hkv, S, D] -> [B, S, Hq, D]."""
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        past = self.seen.setdefault(layer, [])
-        past.append((k, v))
-        if len(past) == 1:
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        else:
-            out = self.over_ancestors(q, past, scale)
-        return out.transpose(1, 2)
-
-    @staticmethod
-    def over_ancestors(q: Tensor, past: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
-        """Softmax over the keys of step 0 up to the own row, and the own row's keys of each later step."""
-        (first_k, first_v), later = past[0], past[1:]
-        rows = torch.arange(q.shape[2], device=q.device)
-        own_k, own_v = (torch.stack(parts, dim=3) for parts in zip(*later, strict=True))  # [B, H, S, steps, D]
-        q = q * scale
-        committed = (q @ first_k.transpose(-1, -2)).masked_fill_(rows[None, :] > rows[:, None], float("-inf"))
-        own = (q[:, :, :, None] * own_k).sum(-1).to(committed.dtype)
-        own = functional.pad(own, (0, -own.shape[-1] % 8), value=float("-inf"))  # matrix products like round strides
-        weights = torch.cat([committed, own], dim=-1).softmax(-1, dtype=torch.float32).to(first_v.dtype)
-        out = weights[..., : len(rows)] @ first_v
-        return out + (weights[..., len(rows) : len(rows) + len(later), None] * own_v).sum(3)
+from autospec.training.unrolled import UnrolledAttention, UnrolledLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,29 +109,19 @@ def final_norm(model: Any, hidden: int) -> Tensor | None:
     return weight.detach().float()
 
 
-class Eagle3Loss(Loss):
-    """Soft cross-entropy of every unrolled step to the target's softmax, restricted to the draft vocabulary.
-
-    The softmax is taken before the restriction: a position counts by how much of the target's mass the draft
-    vocabulary can say.
-
-    Args:
-        steps: unrolled steps.
-        decay: step i weighs decay ** i.
-    """
+class Eagle3Loss(UnrolledLoss):
+    """Every step of a head that is unrolled, against the target's softmax restricted to the draft vocabulary."""
 
     def __init__(self, target: Target, head: Eagle3Head, *, steps: int = 7, decay: float = 0.8) -> None:
-        super().__init__()
-        self.target, self.head, self.eagle3 = target, head, head
-        self.steps = steps
-        self.weights = [decay**i / sum(decay**j for j in range(steps)) for i in range(steps)]
+        super().__init__(target, head, steps=steps, decay=decay)
+        self.eagle3 = head
         self.attention = head.attend = UnrolledAttention()
 
-    def features(self, batch: Batch) -> Features:
-        return self.target(batch.tokens)
+    def vocabulary(self) -> Tensor:
+        return self.eagle3.vocabulary()
 
-    def count(self, batch: Batch) -> Tensor:
-        return batch.weights[:, 1 : 1 + batch.tokens.shape[1] - self.steps].sum()
+    def guesses(self, tokens: Tensor, features: Features) -> list[Tensor]:
+        return self.unrolled(tokens, features.taps)
 
     def unrolled(self, tokens: Tensor, taps: Tensor) -> list[Tensor]:
         """tokens [B, S], taps [B, S, num_taps * H] -> [B, S - steps, draft_vocab] of logits per step."""
@@ -187,23 +135,3 @@ class Eagle3Loss(Loss):
             logits.append(guess)
         self.attention.seen.clear()
         return logits
-
-    def forward(self, tokens: Tensor, weights: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-        """-> the loss summed over the counted positions, [3, steps]: summed losses, agreements and right prefixes."""
-        logits = features.logits.float()
-        best = logits.argmax(-1)
-        ids = self.eagle3.vocabulary()
-        goals = (logits[..., ids] - logits.logsumexp(-1, keepdim=True)).exp()
-        rows = tokens.shape[1] - self.steps
-        counted = weights[:, 1 : 1 + rows]
-        losses, agreements, prefixes = [], [], []
-        for i, guess in enumerate(self.unrolled(tokens, features.taps)):
-            here = slice(1 + i, 1 + i + rows)
-            loss = -(goals[:, here] * guess.float().log_softmax(-1)).sum(-1)
-            agrees = (ids[guess.argmax(-1)] == best[:, here]).float()
-            losses.append((loss * weights[:, here]).sum())
-            agreements.append((agrees * weights[:, here]).sum())
-            counted = counted * agrees
-            prefixes.append(counted.sum())
-        total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
-        return total, torch.stack([torch.stack(losses).detach(), torch.stack(agreements), torch.stack(prefixes)])

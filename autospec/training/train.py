@@ -16,6 +16,7 @@ import torch
 
 from autospec.errors import CheckpointError, OptionError
 from autospec.heads.checkpoint import save_head
+from autospec.heads.mtp_write import save_mtp
 from autospec.loading import check_causal_lm, load_model
 from autospec.model_zoo.bundled import resolve
 from autospec.training.data import join, make_rows, read_documents, split, token_counts, write_rows
@@ -23,6 +24,7 @@ from autospec.training.eagle3 import Eagle3Loss, Eagle3Shape, choose_draft_vocab
 from autospec.training.features import Target, default_taps
 from autospec.training.loop import History, Loss, Rows, Sampler, Schedule, Trainer
 from autospec.training.medusa import MedusaLoss, new_heads
+from autospec.training.mtp import MTPLoss, new_mtp
 from autospec.training.report import write_report
 
 
@@ -38,8 +40,9 @@ class TrainingOptions:
         self_generated: share of the training rows that the target writes.
         tap_after: 0-based layers whose output EAGLE-3 reads; None: by the model's depth.
         draft_vocab_size: None: 32000, or the target's vocabulary if that is smaller.
-        unrolled_steps, decay: of EAGLE-3's training-time test; decay is also that of Medusa's heads.
+        unrolled_steps, decay: of the training-time test of EAGLE-3 and MTP; decay is also that of Medusa's heads.
         hard: Medusa learns the text's tokens, not the target's distribution.
+        num_modules: of MTP; module i guesses draft token i, the first one again beyond the last.
     """
 
     model: str
@@ -72,10 +75,12 @@ class TrainingOptions:
     num_layers: int = 1
     share_lm_head: bool = False
     hard: bool = False
+    # MTP
+    num_modules: int = 1
 
 
 def train(kind: str, asked: TrainingOptions) -> dict[str, Any]:
-    """Train a head of the kind "eagle3" or "medusa", write its folder, and return what training.json says."""
+    """Train a head of the kind "eagle3", "medusa" or "mtp", write its folder, and return what training.json says."""
     _check(asked)
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(resolve(asked.model), "model")
@@ -83,7 +88,7 @@ def train(kind: str, asked: TrainingOptions) -> dict[str, Any]:
     model = model.to(device).requires_grad_(False)
     rows, held_out = _rows(kind, asked, model)
     torch.manual_seed(asked.seed)
-    loss = _eagle3(asked, model, rows) if kind == "eagle3" else _medusa(asked, model)
+    loss = {"eagle3": _eagle3, "medusa": _medusa, "mtp": _mtp}[kind](asked, model, rows)
     trainer = _trainer(asked, loss, rows, held_out)
     if asked.resume:
         trainer.resume()
@@ -100,6 +105,7 @@ def _check(asked: TrainingOptions) -> None:
         (asked.epochs <= 0, "--epochs", asked.epochs, "must be positive"),
         (asked.unrolled_steps < 1, "--unrolled-steps", asked.unrolled_steps, "must be at least 1"),
         (asked.num_heads < 1, "--num-heads", asked.num_heads, "must be at least 1"),
+        (asked.num_modules < 1, "--num-modules", asked.num_modules, "must be at least 1"),
         (asked.num_layers < 1, "--num-layers", asked.num_layers, "must be at least 1"),
         (not 0 < asked.decay <= 1, "--decay", asked.decay, "must be above 0 and at most 1"),
         (asked.batch_size < 1, "--batch-size", asked.batch_size, "must be at least 1"),
@@ -132,7 +138,7 @@ def _rows(kind: str, asked: TrainingOptions, model: Any) -> tuple[Rows, Rows]:
     documents, apart = split(read_documents(asked.data, tokenizer), asked.held_out, asked.seed)
     is_chat = any(str(path).endswith(".jsonl") for path in asked.data) and bool(tokenizer.chat_template)
     eos = None if is_chat else tokenizer.eos_token_id
-    least = 2 + (asked.unrolled_steps if kind == "eagle3" else asked.num_heads)
+    least = 2 + (asked.num_heads if kind == "medusa" else asked.unrolled_steps)
     rows, held_out = (make_rows(part, asked.length, least, eos) for part in (documents, apart))
     if not len(rows):
         raise OptionError(f"the data has no row of at least {least} tokens to train on", at="--data", where="autospec train",
@@ -159,10 +165,19 @@ def _eagle3(asked: TrainingOptions, model: Any, rows: Rows) -> Eagle3Loss:
     return Eagle3Loss(target, new_head(target, shape, d2t), steps=asked.unrolled_steps, decay=asked.decay)
 
 
-def _medusa(asked: TrainingOptions, model: Any) -> MedusaLoss:
+def _medusa(asked: TrainingOptions, model: Any, rows: Rows) -> MedusaLoss:
     target = Target(model)
     heads = new_heads(target, asked.num_heads, asked.num_layers, share_lm_head=asked.share_lm_head)
     return MedusaLoss(target, heads, decay=asked.decay, soft=not asked.hard)
+
+
+def _mtp(asked: TrainingOptions, model: Any, rows: Rows) -> MTPLoss:
+    if asked.num_modules > asked.unrolled_steps:
+        raise OptionError(f"{asked.num_modules} modules are not reached in {asked.unrolled_steps} draft tokens",
+                          at="--num-modules", where="autospec train mtp",
+                          help=f"use --unrolled-steps {asked.num_modules} or more")  # fmt: skip
+    target = Target(model)
+    return MTPLoss(target, new_mtp(target, asked.num_modules), steps=asked.unrolled_steps, decay=asked.decay)
 
 
 def _trainer(asked: TrainingOptions, loss: Loss, rows: Rows, held_out: Rows) -> Trainer:
@@ -186,16 +201,18 @@ def _trainer(asked: TrainingOptions, loss: Loss, rows: Rows, held_out: Rows) -> 
 def _finish(kind: str, asked: TrainingOptions, loss: Loss, history: History, rows: int, held_out: int) -> dict[str, Any]:
     """Save the head in the target's dtype, and the report beside it."""
     out = Path(asked.out)
-    head: Any = copy.deepcopy(loss.head).to(loss.target.embed_tokens.dtype)
-    if kind == "eagle3":
-        save_head(head, out, "specforge" if len(head.spec.tap_after) == 3 and len(head.layers) == 1 else "speculators")
+    head: Any = loss.head
+    if kind == "mtp":
+        save_mtp(head, out)
     else:
-        save_head(head, out)
+        head = copy.deepcopy(head).to(loss.target.embed_tokens.dtype)
+        is_common = kind == "eagle3" and len(head.spec.tap_after) == 3 and len(head.layers) == 1
+        save_head(head, out, None if kind == "medusa" else "specforge" if is_common else "speculators")
     measured = history.held_out or history.train
     record = {
         "title": f"{kind} head of {Path(asked.model).name}",
         "kind": kind, "model": asked.model, "options": asdict(asked), "rows": rows, "held_out_rows": held_out,
-        "parameters": sum(value.numel() for value in head.own_state().values()),
+        "parameters": sum(value.numel() for value in {id(value): value for value in head.own_state().values()}.values()),
         "loss": measured[-1][1], "agreement": measured[-1][2], "acceptance_length": measured[-1][3],
         "measured_on": "held-out rows" if history.held_out else "training rows", "history": asdict(history),
     }  # fmt: skip

@@ -13,6 +13,7 @@ from autospec.cli import main
 from autospec.heads.checkpoint import load_head
 from autospec.heads.eagle3 import Eagle3Head
 from autospec.heads.medusa import MedusaHeads
+from autospec.heads.mtp_files import load_mtp
 
 VOCAB = 260
 TEXT = "def add(a, b):\n    return a + b\n\n" * 40
@@ -74,6 +75,21 @@ def test_taps_of_another_number_are_saved_for_those_who_read_them(folder: Path, 
     assert isinstance(head, Eagle3Head)
     assert head.spec.tap_after == (1, 2)
     assert head.d2t is None  # all of a small vocabulary
+
+
+def test_mtp_modules_are_trained_and_load(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--steps", "6", "--num-modules", "2", "--unrolled-steps", "4", "--learning-rate", "0.01", "--save-every", "3")
+    assert train("mtp", folder, tmp_path, *asked) == 0
+    assert "held-out rows: loss" in capsys.readouterr().out
+    assert len(load_mtp(tmp_path, tiny_model(vocab_size=VOCAB), 8).depths) == 2
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert len(record["agreement"]) == 4
+    assert record["history"]["train"][-1][1] < record["history"]["train"][0][1]
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert train("mtp", folder, tmp_path, *asked, "--resume") == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert train("mtp", folder, tmp_path, "--num-modules", "4") == 2
+    assert "4 modules are not reached in 3 draft tokens" in capsys.readouterr().err
 
 
 def test_a_run_is_continued(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from autospec.training.eagle3 import Eagle3Loss
 from autospec.training.features import Target
 from autospec.training.loop import CHECKPOINT, Loss, Rows, Sampler, Schedule, Trainer
 from autospec.training.medusa import MedusaLoss, new_heads
+from autospec.training.mtp import MTPLoss, new_mtp
 
 STEPS = 12
 
@@ -30,6 +31,9 @@ def new_trainer(folder: Path | None = None, kind: str = "eagle3", accumulate: in
     loss: Loss
     if kind == "eagle3":
         loss = Eagle3Loss(target, random_head(target, draft_vocab_size=40), steps=3)
+    elif kind == "mtp":
+        torch.manual_seed(0)
+        loss = MTPLoss(target, new_mtp(target, 2), steps=3)
     else:
         loss = MedusaLoss(target, new_heads(target, 2))
     schedule = Schedule(steps=STEPS, learning_rate=1e-3, warmup=3, eval_every=4, save_every=4, accumulate=accumulate)
@@ -42,7 +46,7 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.parameters.items()} | moments
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "medusa"])
+@pytest.mark.parametrize("kind", ["eagle3", "medusa", "mtp"])
 def test_a_continued_run_is_the_uninterrupted_one(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = new_trainer(kind=kind)
     whole.fit()

@@ -7,8 +7,9 @@ import torch
 from harness.training import VOCAB, drafted, random_head
 from torch import Tensor
 
-from autospec.training.eagle3 import Eagle3Loss, UnrolledAttention
+from autospec.training.eagle3 import Eagle3Loss
 from autospec.training.features import Target
+from autospec.training.unrolled import UnrolledAttention
 
 STEPS = 5
 OVER_ANCESTORS = UnrolledAttention.over_ancestors

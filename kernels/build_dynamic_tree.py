@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from autospec.kernels.choose_tokens import ordered
+from autospec.kernels.filters import ordered
 from autospec.kernels.launch import jit, no_gpu, power_of_2, tl, wrap_triton
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure

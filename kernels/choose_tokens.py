@@ -14,30 +14,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from autospec.kernels.filters import BLOCK_V, filter_scores, find_cutoffs, node_depth, ordered, warm_scores
 from autospec.kernels.launch import jit, no_gpu, power_of_2, rows_of, tl, wrap_triton
 from autospec.kernels.noise import block_gumbel, gumbel
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
 from autospec.kernels.tree_tables import ancestors
-
-
-def filter_scores(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """scores [B, N, V] float32, after temperature; top_k [B] int (0: off), top_p [B] (1: off), min_p [B] (0: off)."""
-    vocab_size = scores.shape[-1]
-    ascending, order = torch.sort(scores, dim=-1, stable=True)
-    kept = torch.where(top_k > 0, top_k, vocab_size).clamp(1, vocab_size).long()[:, None, None]
-    kth_best = ascending.gather(2, (vocab_size - kept).expand(-1, scores.shape[1], 1))
-    # Ties with the k-th best stay, as in transformers.
-    below_k = ascending < kth_best
-    ascending = ascending.masked_fill(below_k, float("-inf"))
-    below_p = torch.softmax(ascending, dim=-1).cumsum(-1) <= 1.0 - top_p[:, None, None]
-    is_best = torch.arange(vocab_size, device=scores.device) == vocab_size - 1
-    below_p = below_p & ~is_best & (top_p < 1.0)[:, None, None]
-    ascending = ascending.masked_fill(below_p, float("-inf"))
-    probabilities = torch.softmax(ascending, dim=-1)
-    below_min = probabilities < min_p[:, None, None] * probabilities[..., -1:]
-    removed = (below_k | below_p | below_min) & ~is_best
-    return scores.masked_fill(torch.zeros_like(removed).scatter(2, order, removed), float("-inf"))
 
 
 def penalize_repetition(
@@ -93,187 +75,19 @@ def mark_seen(seen: Tensor, emitted: Tensor) -> None:
     seen.copy_(seen | (hits > 0))
 
 
-BLOCK_V = 2048  # ids per program
-SEARCH_V = 8192  # ids at a time in the search for cut-offs: sums run in this order, so it must not depend on the shape
-
 # A program serves one row (i_r: request i_b, node i_n) and a block of token ids (o_v). The noise, penalty, temperature
 # and filters are recomputed from the logits where they are needed: nothing of size [B, R, V] is ever written.
 
 
 @jit
-def node_depth(p_parents, i_n):
-    """Edges from a node to the root, 0 for an absent node; p_parents points at the request's row."""
-    node, depth = i_n, i_n * 0
-    while node > 0:
-        parent = tl.load(p_parents + node)
-        node = tl.where(parent < node, parent, -1)
-        depth += 1
-    return tl.where(node == 0, depth, 0)
-
-
-@jit
-def warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature):
-    """Logits of ids o_v after repetition penalty and temperature, float32; -inf past the vocabulary."""
-    m_v = o_v < vocab_size
-    b_score = tl.load(p_logits + o_v, mask=m_v, other=-float("inf")).to(tl.float32)
-    if penalty != 1.0:
-        m_repeated = tl.load(p_seen + o_v, mask=m_v, other=0) != 0
-        node = i_n
-        for _ in range(depth + 1):
-            m_repeated = m_repeated | (o_v == tl.load(p_draft + node))
-            node = tl.load(p_parents + node)
-        b_score = tl.where(m_repeated, tl.where(b_score < 0, b_score * penalty, tl.div_rn(b_score, penalty)), b_score)
-    return tl.div_rn(b_score, temperature)
-
-
-@jit
-def ordered(b_score):
-    """Scores as uint32 with the same order; both zeros are one number."""
-    bits = tl.where(b_score == 0.0, 0.0, b_score).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
-
-
-@jit
-def find_kth(
-    p_logits, p_seen, p_draft, p_parents, vocab_size, i_n, depth, penalty, temperature, top_k, BLOCK_V: tl.constexpr
-):
-    """The k-th best score of a row, as `ordered`: eight bits at a time, four passes over the row instead of a sort."""
-    o_bin = tl.arange(0, 256)
-    kth = tl.full((), 0, tl.uint32)
-    shift = tl.full((), 24, tl.uint32)
-    rank = top_k
-    for _ in range(4):
-        b_count = tl.zeros((256,), tl.int32)
-        for i_v in range(0, vocab_size, BLOCK_V):
-            o_v = i_v + tl.arange(0, BLOCK_V)
-            b_score = warm_scores(
-                p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature
-            )
-            b_digits = ordered(b_score) >> shift
-            m_open = (o_v < vocab_size) & ((b_digits >> 8) == kth)
-            b_count += tl.histogram((b_digits & 255).to(tl.int32), 256, mask=m_open)
-        b_from_top = tl.sum(b_count, 0) - tl.cumsum(b_count, 0) + b_count
-        digit = tl.sum((b_from_top >= rank).to(tl.int32), 0) - 1
-        rank -= tl.sum(tl.where(o_bin > digit, b_count, 0), 0)
-        kth = kth * 256 + digit.to(tl.uint32)
-        shift -= 8
-    return kth
-
-
-@jit
-def find_nucleus(
-    p_logits, p_seen, p_draft, p_parents, vocab_size, i_n, depth, penalty, temperature, top_p, kth, best,
-    BLOCK_V: tl.constexpr,
-):
-    """The lowest score that top-p keeps of those from kth up, and how many of its ties (the lowest ids) it drops.
-
-    It is the highest number with no more than (1 - top_p) of the mass below it, built two bits at a time.
-    """
-    b_mass = tl.zeros((BLOCK_V,), tl.float32)
-    for i_v in range(0, vocab_size, BLOCK_V):
-        o_v = i_v + tl.arange(0, BLOCK_V)
-        b_score = warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
-        b_mass += tl.where(ordered(b_score) >= kth, tl.exp(b_score - best), 0.0)
-    bound = (1.0 - top_p) * tl.sum(b_mass, 0)
-    floor = tl.full((), 0, tl.uint32)
-    unit = tl.full((), 1 << 30, tl.uint32)
-    below = tl.full((), 0.0, tl.float32)
-    for _ in range(16):
-        b_1 = tl.zeros((BLOCK_V,), tl.float32)
-        b_2 = tl.zeros((BLOCK_V,), tl.float32)
-        b_3 = tl.zeros((BLOCK_V,), tl.float32)
-        for i_v in range(0, vocab_size, BLOCK_V):
-            o_v = i_v + tl.arange(0, BLOCK_V)
-            b_score = warm_scores(
-                p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature
-            )
-            b_key = ordered(b_score)
-            b_mass = tl.where(b_key >= kth, tl.exp(b_score - best), 0.0)
-            b_1 += tl.where(b_key < floor + unit, b_mass, 0.0)
-            b_2 += tl.where(b_key < floor + 2 * unit, b_mass, 0.0)
-            b_3 += tl.where(b_key < floor + 3 * unit, b_mass, 0.0)
-        mass_1, mass_2, mass_3 = tl.sum(b_1, 0), tl.sum(b_2, 0), tl.sum(b_3, 0)
-        digit = (mass_1 <= bound).to(tl.uint32) + (mass_2 <= bound).to(tl.uint32) + (mass_3 <= bound).to(tl.uint32)
-        below = tl.where(digit == 3, mass_3, tl.where(digit == 2, mass_2, tl.where(digit == 1, mass_1, below)))
-        floor += digit * unit
-        unit = unit >> 2
-    top = ordered(best)
-    takes_all = floor > top
-    floor = tl.minimum(floor, top)
-    b_ties = tl.zeros((BLOCK_V,), tl.int32)
-    b_tie_mass = tl.zeros((BLOCK_V,), tl.float32)
-    for i_v in range(0, vocab_size, BLOCK_V):
-        o_v = i_v + tl.arange(0, BLOCK_V)
-        b_score = warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature)
-        m_tie = (ordered(b_score) == floor) & (o_v < vocab_size)
-        b_ties += m_tie.to(tl.int32)
-        b_tie_mass = tl.maximum(b_tie_mass, tl.where(m_tie, tl.exp(b_score - best), 0.0))
-    ties, mass = tl.sum(b_ties, 0), tl.max(b_tie_mass, 0)
-    dropped = tl.floor(tl.div_rn(bound - below, tl.where(mass > 0.0, mass, 1.0)))
-    dropped = tl.minimum(tl.maximum(dropped, 0.0), 16777216.0).to(tl.int32)
-    # One best score stays whatever top_p says.
-    return floor, tl.minimum(tl.where(takes_all, ties, dropped), ties - 1)
-
-
-@jit
-def find_cutoffs(
-    p_logits, p_draft, p_parents, p_temperature, p_top_k, p_top_p, p_min_p, p_penalty, p_seen,
-    p_best, p_floor, p_first,
-    stride_lb, stride_lr, vocab_size, q_len, first_node, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
-):
-    """What the filters leave of a row: the best score, the lowest one kept (as `ordered`) and the first of its ties."""
-    i_r = tl.program_id(0)
-    i_b, i_n = i_r // ROWS, first_node + i_r % ROWS
-    temperature, penalty = tl.load(p_temperature + i_b), tl.load(p_penalty + i_b)
-    top_k, top_p, min_p = tl.load(p_top_k + i_b), tl.load(p_top_p + i_b), tl.load(p_min_p + i_b)
-    p_logits += i_b.to(tl.int64) * stride_lb + (i_r % ROWS) * stride_lr
-    p_seen += i_b.to(tl.int64) * vocab_size
-    p_draft += i_b * q_len
-    p_parents += i_b * q_len
-    best = tl.full((), -float("inf"), tl.float32)
-    floor = tl.full((), 0, tl.uint32)
-    first = tl.full((), 0, tl.int32)
-    has_top_k = (top_k > 0) & (top_k < vocab_size)
-    if (temperature != 0.0) & (has_top_k | (top_p < 1.0) | (min_p > 0.0)):
-        depth = node_depth(p_parents, i_n)
-        b_best = tl.full((BLOCK_V,), -float("inf"), tl.float32)
-        for i_v in range(0, vocab_size, BLOCK_V):
-            o_v = i_v + tl.arange(0, BLOCK_V)
-            b_score = warm_scores(
-                p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature
-            )
-            b_best = tl.maximum(b_best, b_score)
-        best = tl.max(b_best, 0)
-        if has_top_k:
-            floor = find_kth(
-                p_logits, p_seen, p_draft, p_parents, vocab_size, i_n, depth, penalty, temperature, top_k, BLOCK_V
-            )
-        if top_p < 1.0:
-            floor, dropped = find_nucleus(
-                p_logits, p_seen, p_draft, p_parents, vocab_size, i_n, depth, penalty, temperature, top_p, floor, best,
-                BLOCK_V,
-            )
-            passed = tl.full((), 0, tl.int32)
-            for i_v in range(0, tl.where(dropped > 0, vocab_size, 0), BLOCK_V):
-                o_v = i_v + tl.arange(0, BLOCK_V)
-                b_score = warm_scores(
-                    p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, temperature
-                )
-                b_tie = ((ordered(b_score) == floor) & (o_v < vocab_size)).to(tl.int32)
-                m_dropped = (b_tie > 0) & (passed + tl.cumsum(b_tie, 0) <= dropped)
-                first = tl.maximum(first, tl.max(tl.where(m_dropped, o_v + 1, 0), 0))
-                passed += tl.sum(b_tie, 0)
-    tl.store(p_best + i_r, best)
-    tl.store(p_floor + i_r, floor.to(tl.int32, bitcast=True))
-    tl.store(p_first + i_r, first)
-
-
-@jit
 def pick_in_blocks(
     p_logits, p_draft, p_parents, p_lens, p_keys, p_temperature, p_min_p, p_penalty, p_seen, p_best, p_floor, p_first,
-    p_value, p_id, stride_lb, stride_lr, vocab_size, q_len, first_node, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+    p_tops, p_value, p_id, stride_lb, stride_lr, vocab_size, q_len, first_node, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
-    """The best of each block of ids: scores, filters and noise fused; greedy rows skip the last two."""
+    """The best of each block of ids: scores, filters and noise fused; greedy rows skip the last two.
+
+    A block of which the filters keep nothing is not even read.
+    """
     i_v, i_r = tl.program_id(0), tl.program_id(1)
     i_b, i_n = i_r // ROWS, first_node + i_r % ROWS
     temperature, penalty = tl.load(p_temperature + i_b), tl.load(p_penalty + i_b)
@@ -281,25 +95,29 @@ def pick_in_blocks(
     p_seen += i_b.to(tl.int64) * vocab_size
     p_draft += i_b * q_len
     p_parents += i_b * q_len
-    depth = node_depth(p_parents, i_n)
-    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    divisor = tl.where(temperature == 0.0, 1.0, temperature)
-    b_score = warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, divisor)
-    if temperature != 0.0:
-        best = tl.load(p_best + i_r)
-        if best > -float("inf"):  # no filter is on otherwise
-            floor, first = tl.load(p_floor + i_r).to(tl.uint32, bitcast=True), tl.load(p_first + i_r)
-            b_key = ordered(b_score)
-            m_kept = (b_key > floor) | ((b_key == floor) & (o_v >= first))
-            m_kept &= tl.exp(b_score - best) >= tl.load(p_min_p + i_b)
-            b_score = tl.where(m_kept, b_score, -float("inf"))
-        index = tl.load(p_lens + i_b) + depth + 1
-        b_noise = block_gumbel(tl.load(p_keys + i_b), index, i_v * (BLOCK_V // 4), BLOCK_V // 4)
-        b_score += b_noise
-    value = tl.max(b_score, 0)
     o_out = i_r * tl.num_programs(0) + i_v
+    best, floor = tl.load(p_best + i_r), tl.load(p_floor + i_r).to(tl.uint32, bitcast=True)
+    is_filtered = best > -float("inf")
+    value = tl.full((), -float("inf"), tl.float32)
+    token = i_v * BLOCK_V
+    if (not is_filtered) | (ordered(tl.load(p_tops + o_out)) >= floor):
+        depth = node_depth(p_parents, i_n)
+        o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        divisor = tl.where(temperature == 0.0, 1.0, temperature)
+        b_score = warm_scores(p_logits, p_seen, p_draft, p_parents, o_v, vocab_size, i_n, depth, penalty, divisor)
+        if temperature != 0.0:
+            if is_filtered:
+                b_key = ordered(b_score)
+                m_kept = (b_key > floor) | ((b_key == floor) & (o_v >= tl.load(p_first + i_r)))
+                m_kept &= tl.exp(b_score - best) >= tl.load(p_min_p + i_b)
+                b_score = tl.where(m_kept, b_score, -float("inf"))
+            index = tl.load(p_lens + i_b) + depth + 1
+            b_noise = block_gumbel(tl.load(p_keys + i_b), index, i_v * (BLOCK_V // 4), BLOCK_V // 4)
+            b_score += b_noise
+        value = tl.max(b_score, 0)
+        token = tl.min(tl.where(b_score == value, o_v, 2147483647), 0)
     tl.store(p_value + o_out, value)
-    tl.store(p_id + o_out, tl.min(tl.where(b_score == value, o_v, 2147483647), 0))
+    tl.store(p_id + o_out, token)
 
 
 @jit
@@ -349,7 +167,7 @@ def choose_tokens_triton(
     logits: Tensor, draft_tokens: Tensor, tree_parents: Tensor, kv_lens: Tensor, row_keys: Tensor, temperature: Tensor,
     top_k: Tensor, top_p: Tensor, min_p: Tensor, repetition_penalty: Tensor, seen: Tensor, first_node: int = 0,
 ) -> Tensor:
-    """Three launches: cut-offs (at once where no filter is on), best per block with the noise fused in, best of all.
+    """Cut-offs in four launches (at once where no filter is on), best per block with the noise fused in, best of all.
 
     64 rows of 128256 logits: 46 us without filters, 1 ms with top-k and top-p (the reference's sort: 5.6 ms). One row:
     9 and 950 us, since one program searches a row (the reference: 690 us). H100 80GB SXM, triton 3.6, 2026-11-21.
@@ -358,18 +176,13 @@ def choose_tokens_triton(
     batch, rows, vocab_size = logits.shape
     q_len = draft_tokens.shape[1]
     draft_tokens, tree_parents, seen = draft_tokens.contiguous(), tree_parents.contiguous(), seen.contiguous()
-    best = logits.new_empty(batch * rows, dtype=torch.float32)
-    floor = logits.new_empty(batch * rows, dtype=torch.int32)
-    first = logits.new_empty(batch * rows, dtype=torch.int32)
-    value, token = block_partials(logits)
-    wrap_triton(find_cutoffs)[(batch * rows,)](
-        logits, draft_tokens, tree_parents, temperature, top_k, top_p, min_p, repetition_penalty, seen,
-        best, floor, first,
-        logits.stride(0), logits.stride(1), vocab_size, q_len, first_node, ROWS=rows, BLOCK_V=SEARCH_V, num_warps=16,
+    best, floor, first, tops = find_cutoffs(
+        logits, draft_tokens, tree_parents, temperature, top_k, top_p, min_p, repetition_penalty, seen, first_node
     )
+    value, token = block_partials(logits)
     wrap_triton(pick_in_blocks)[(value.shape[1], batch * rows)](
         logits, draft_tokens, tree_parents, kv_lens, row_keys, temperature, min_p, repetition_penalty, seen,
-        best, floor, first, value, token,
+        best, floor, first, tops, value, token,
         logits.stride(0), logits.stride(1), vocab_size, q_len, first_node, ROWS=rows, BLOCK_V=BLOCK_V,
     )
     return reduce_blocks(value, token, logits)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autospec.kernels.choose_tokens import ordered
+from autospec.kernels.filters import ordered
 from autospec.kernels.launch import (
     can_wait,
     gdc_launch_dependents,

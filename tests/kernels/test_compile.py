@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from autospec.kernels import splits
+from autospec.kernels import filters, splits
 from autospec.kernels.launch import triton
 
 pytest.importorskip("triton")
@@ -58,7 +58,7 @@ def compile_call(monkeypatch: pytest.MonkeyPatch, file: str, function: str, *arg
     if not isinstance(getattr(module, "wrap_triton", None), type(lambda: 0)):
         pytest.skip("kernels are interpreted in this process")
     compiler = Compiler()
-    for one in (module, splits):
+    for one in (module, splits, filters):
         monkeypatch.setattr(one, "wrap_triton", compiler)
         if hasattr(one, "can_wait"):
             monkeypatch.setattr(one, "can_wait", lambda tensor: True)

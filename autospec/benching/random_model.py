@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from autospec.heads.eagle3 import Eagle3Head, Eagle3Spec
+from autospec.heads.mtp import MTPHead, MTPModule
+from autospec.model_zoo.mtp_heads import DEEPSEEK
 from autospec.model_zoo.shapes import ArchitectureShape
 
 STD = 0.02  # what transformers initialises Llama and Qwen with
@@ -55,6 +57,25 @@ def random_head(
     return head.eval().requires_grad_(False)
 
 
+def random_mtp(shape: ArchitectureShape, model: Any, device: torch.device, dtype: torch.dtype, seed: int) -> MTPHead:
+    """One MTP module for a `random_model`, like its last layer: weights N(0, 0.02), norms 1, the rest as that layer has it."""
+    decoder = model.get_decoder()
+    last = decoder.layers[-1]
+    with torch.device("meta"):
+        block = type(last)(decoder.config, len(decoder.layers) - 1)
+        head = MTPHead(DEEPSEEK, model, [MTPModule(shape.hidden, decoder.norm, block, None, None)])
+    torch.manual_seed(seed)
+    of_layer = {f"depths.0.block.{name}": value for name, value in last.state_dict().items()}
+    weights: dict[str, Tensor] = {}
+    for name, like in head.own_state().items():
+        if like.dim() > 1:
+            weights[name] = torch.empty(like.shape, device=device, dtype=dtype).normal_(0.0, STD)
+        else:
+            weights[name] = of_layer[name].clone() if name in of_layer else torch.ones(like.shape, device=device, dtype=dtype)
+    head.load_state_dict(weights, strict=False, assign=True)
+    return head.eval().requires_grad_(False)
+
+
 def peaked(vocab_size: int, top1: float, rows: int = 256) -> float:
     """The standard deviation at which the best of so many normal logits has probability `top1` on average.
 
@@ -75,7 +96,7 @@ def _config(shape: ArchitectureShape) -> Any:
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
         vocab_size=shape.vocab, rope_parameters=dict(shape.rope), rms_norm_eps=shape.eps,
         max_position_embeddings=shape.max_positions, tie_word_embeddings=shape.tied, initializer_range=STD,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, **shape.config,
     )  # fmt: skip
 
 

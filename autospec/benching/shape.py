@@ -1,7 +1,7 @@
 """`autospec bench --shape NAME`: how fast an architecture decodes, with random weights and synthetic acceptance.
 
-One target and one head are made on the device and captured once; every drafter and batch size is a program over the same
-weights. What is reported of each:
+One target and a head of each kind that is asked for are made on the device and captured once; every drafter and batch size
+is a program over the same weights. What is reported of each:
 
     decode   new tokens over wall time from the first token to the last, over whole calls of generate (median of rounds)
     at asked the same, had every round accepted what was asked for: times asked over measured acceptance length
@@ -25,7 +25,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ from torch._inductor.utils import fresh_cache
 from autospec.api import Limits, OptimizedModel
 from autospec.assemble import Draft, capture_model
 from autospec.benching import profile
-from autospec.benching.random_model import DRAFT_TOP1, random_head, random_model
+from autospec.benching.random_model import DRAFT_TOP1, random_head, random_model, random_mtp
 from autospec.benching.roofline import StepBytes, read_bandwidth, step_bytes
 from autospec.benching.steps import Frozen, only_step
 from autospec.capture_head import capture_head
-from autospec.config import Eagle3Config, Speculation, tree_of
+from autospec.config import Eagle3Config, MTPConfig, Speculation, tree_of
 from autospec.errors import OptionError, unknown_option
 from autospec.exactness import exact_nodes
 from autospec.kernels.launch import triton
@@ -55,6 +55,9 @@ from autospec.threads import limit_threads
 WHERE = "autospec bench --shape"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_DRAFTERS = ("none", "eagle3:7@3.91", "eagle3-fp8:7@3.91", "eagle3-tree:7,10,60@3.84")
+HEADS: dict[str, tuple[Any, Any]] = {"eagle3": (random_head, Eagle3Config), "mtp": (random_mtp, MTPConfig)}
+_TREE = ("max_draft_len", "dynamic_tree_max_topk", "max_total_draft_tokens")
+FORMS = {"none": (), "eagle3": _TREE[:1], "eagle3-tree": _TREE, "mtp": _TREE[:1], "mtp-tree": _TREE}
 STEPS = {"cuda": 64, "cpu": 12}  # replayed steps of each row of the table
 STREAM = 16  # of them in a row, before the state is put back
 
@@ -65,7 +68,7 @@ class Drafter:
 
     Args:
         asked: as written.
-        options: of Eagle3Config; None: plain decoding.
+        options: of its configuration; None: plain decoding.
         acceptance: behind the @; None: --acceptance.
     """
 
@@ -73,21 +76,31 @@ class Drafter:
     options: dict[str, Any] | None
     acceptance: profile.Asked | None = None
 
+    @property
+    def head(self) -> str:
+        """The kind of head that it needs, or "none"."""
+        return self.asked.partition(":")[0].partition("-")[0]
+
 
 @dataclass(frozen=True)
 class Loaded:
     """What all rows of the table share.
 
     Args:
-        weights: tensors of the programs so far by slot name, the trees' own constants left out.
+        heads: by kind, as modules and as captured.
+        weights: tensors of the programs so far by slot name, the trees' own constants left out: of the target under "none",
+            of a kind of head under its name.
         seconds: of making and capturing, by phase.
     """
 
     target: CapturedModel
-    head: Draft | None
-    head_module: Any
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, tuple[Any, Draft]]
+    weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def head(self, drafter: Drafter) -> Draft | None:
+        """The captured head of a drafter; None: plain decoding."""
+        return self.heads[drafter.head][1] if drafter.options is not None else None
 
 
 @dataclass(frozen=True)
@@ -143,8 +156,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--shape", required=True, metavar="NAME", help=f"one of {', '.join(SHAPES)}")
     made.add_argument("--speculation", nargs="+", default=DEFAULT_DRAFTERS, metavar="DRAFTER",
-                      help="none, eagle3:LENGTH (a chain), eagle3-tree:LEVELS,TOPK,NODES (a dynamic tree), -fp8 before the "
-                           "colon (a head in float8); @X behind it is "
+                      help="none, eagle3:LENGTH (a chain), eagle3-tree:LEVELS,TOPK,NODES (a dynamic tree), mtp:LENGTH, "
+                           "mtp-tree:LEVELS,TOPK,NODES (an MTP module), -fp8 before the colon (a head in float8); @X behind it is "
                            f"its --acceptance (default {' '.join(DEFAULT_DRAFTERS)})")  # fmt: skip
     made.add_argument("--acceptance", default="3.91", metavar="X",
                       help="mean acceptance length, bonus token included (a geometric profile), or falling rates by depth "
@@ -173,7 +186,7 @@ def run(arguments: Sequence[str]) -> int:
     _check(asked)
     limit_threads()
     bandwidth = read_bandwidth(asked.device)
-    loaded = load(asked, any(one.options for one in drafters))
+    loaded = load(asked, dict.fromkeys(one.head for one in drafters if one.options is not None))
     title = _title(asked, bandwidth, loaded)
     print("\n".join(f"{name:<12} {value}" for name, value in title.items()), flush=True)
     rows: list[Row] = []
@@ -189,31 +202,29 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def parse_drafter(word: str) -> Drafter:
-    """`none`, `eagle3:7`, `eagle3-tree:7,10,60`, with `-fp8` for a quantised head, with or without `@3.91`."""
+    """`none`, `eagle3:7`, `eagle3-tree:7,10,60`, `mtp:3`, with `-fp8` for a quantised head, with or without `@3.91`."""
     name, _, acceptance = word.partition("@")
     asked, _, sizes = name.partition(":")
     kind = asked.removesuffix("-fp8")
-    fields = {"none": (), "eagle3": ("max_draft_len",),
-              "eagle3-tree": ("max_draft_len", "dynamic_tree_max_topk", "max_total_draft_tokens")}  # fmt: skip
-    if kind not in fields:
-        raise unknown_option("--speculation", kind, fields)
+    if kind not in FORMS:
+        raise unknown_option("--speculation", kind, FORMS)
     try:
         numbers = [int(number) for number in sizes.split(",")] if sizes else []
     except ValueError:
         numbers = []
-    if len(numbers) != len(fields[kind]):
-        raise OptionError(f"{kind} takes {len(fields[kind])} numbers, got '{sizes}'", at=f"--speculation {word}", where=WHERE,
-                          help="for example none, eagle3:7, eagle3-fp8:7 or eagle3-tree:7,10,60")  # fmt: skip
-    options: dict[str, Any] | None = dict(zip(fields[kind], numbers, strict=True)) if numbers else None
+    if len(numbers) != len(FORMS[kind]):
+        raise OptionError(f"{kind} takes {len(FORMS[kind])} numbers, got '{sizes}'", at=f"--speculation {word}", where=WHERE,
+                          help="for example none, eagle3:7, eagle3-fp8:7, eagle3-tree:7,10,60 or mtp:3")  # fmt: skip
+    options: dict[str, Any] | None = dict(zip(FORMS[kind], numbers, strict=True)) if numbers else None
     if asked != kind:
         if options is None:
-            raise unknown_option("--speculation", asked, fields)
+            raise unknown_option("--speculation", asked, FORMS)
         options["draft_quantization"] = "fp8"
     return Drafter(name, options, profile.parse(acceptance) if acceptance else None)
 
 
-def load(asked: argparse.Namespace, needs_head: bool) -> Loaded:
-    """The target, and the head where one is asked for, with what making and capturing them took."""
+def load(asked: argparse.Namespace, kinds: Iterable[str]) -> Loaded:
+    """The target and a head of each kind, with what making and capturing them took."""
     shape, dtype, seconds = SHAPES[asked.shape], DTYPES[asked.dtype], {}
     start = time.perf_counter()
 
@@ -225,13 +236,15 @@ def load(asked: argparse.Namespace, needs_head: bool) -> Loaded:
         start = time.perf_counter()
 
     model = random_model(shape, asked.device, dtype, asked.seed)
-    head = random_head(shape, model, asked.device, dtype, asked.seed + 1) if needs_head else None
+    modules = {kind: HEADS[kind][0](shape, model, asked.device, dtype, asked.seed + 1) for kind in kinds}
     lap("make weights")
     target = capture_model(model)
     lap("capture target")
-    captured = capture_head(head, target) if head is not None else None
-    lap("capture head")
-    return Loaded(target, captured, head, seconds=seconds)
+    heads: dict[str, tuple[Any, Draft]] = {}
+    for kind, module in modules.items():
+        heads[kind] = module, capture_head(module, target)
+        lap(f"capture {kind}")
+    return Loaded(target, heads, seconds=seconds)
 
 
 def measure(
@@ -240,18 +253,20 @@ def measure(
     """Build one program, let it generate, replay its step; nothing but the weights stays behind."""
     speculation: Speculation = None
     if drafter.options is not None:
-        speculation = Eagle3Config(loaded.head_module, **drafter.options)
-        check_head(speculation, loaded.head)  # type: ignore[arg-type]
+        speculation = HEADS[drafter.head][1](loaded.heads[drafter.head][0], **drafter.options)
+        check_head(speculation, loaded.head(drafter))  # type: ignore[arg-type]
     tree = tree_of(speculation)
+    known = loaded.weights.setdefault("none", {}) | loaded.weights.setdefault(drafter.head, {})
     fast = OptimizedModel(
-        loaded.target, loaded.head if speculation else None, speculation, asked.compile,
+        loaded.target, loaded.head(drafter), speculation, asked.compile,
         Limits(batch, asked.prompt + asked.new_tokens, None, exact_nodes(asked.exact, speculation)), {},
-        _weights=dict(loaded.weights), _acceptance=rates,
+        _weights=known, _acceptance=rates,
     )  # fmt: skip
     with fresh_cache() if asked.cold else contextlib.nullcontext():
-        start_up = _start(fast, _prompts(asked, loaded, batch, 0), loaded)
+        start_up = _start(fast, _prompts(asked, loaded, batch, 0), loaded, drafter)
     program = fast.program
-    loaded.weights.update(_shared(program, loaded))
+    for name, value in _shared(program, loaded, drafter).items():
+        loaded.weights[drafter.head if name.startswith(WEIGHT_PREFIX) else "none"][name] = value
     decode, whole, waits, lengths, depths = [], [], [], [], []
     for number in range(asked.rounds):
         prompts = _prompts(asked, loaded, batch, number)
@@ -269,8 +284,9 @@ def measure(
     times, grown = _replay(asked, program, batch)
     step = statistics.median(times)
     read = step_bytes(
-        loaded.target, loaded.head if speculation else None, tree, batch, asked.prompt + asked.new_tokens // 2,
+        loaded.target, loaded.head(drafter), tree, batch, asked.prompt + asked.new_tokens // 2,
         is_quantized=drafter.options is not None and "draft_quantization" in drafter.options,
+        length=profile.mean_length(rates),
     )  # fmt: skip
     del program
     _free(asked.device)
@@ -282,7 +298,7 @@ def measure(
     )  # fmt: skip
 
 
-def _start(fast: OptimizedModel, prompts: Tensor, loaded: Loaded) -> dict[str, float]:
+def _start(fast: OptimizedModel, prompts: Tensor, loaded: Loaded, drafter: Drafter) -> dict[str, float]:
     """Seconds from weights on the device to the first token, by phase."""
     start = time.perf_counter()
     fast.generate(prompts, max_new_tokens=1, do_sample=False)
@@ -294,7 +310,7 @@ def _start(fast: OptimizedModel, prompts: Tensor, loaded: Loaded) -> dict[str, f
     }
     # What is left: fusing weights, allocating state, warm-up and capture of CUDA graphs.
     phases["weights_and_graphs"] = whole - sum(phases.values())
-    captured = ["capture target"] if fast.draft is None else ["capture target", "capture head"]
+    captured = ["capture target"] if fast.draft is None else ["capture target", f"capture {drafter.head}"]
     phases["capture"] = sum(loaded.seconds[name] for name in captured)
     return phases | {"first_token": sum(phases.values())}
 
@@ -305,10 +321,10 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _shared(program: Program, loaded: Loaded) -> dict[str, Tensor]:
+def _shared(program: Program, loaded: Loaded, drafter: Drafter) -> dict[str, Tensor]:
     """The weights of a program that other trees may use; a tree's own constants are called the same in every program."""
-    head = loaded.head.weights if loaded.head is not None else {}
-    known = {*loaded.target.weights, *(WEIGHT_PREFIX + name for name in head)}
+    head = loaded.head(drafter)
+    known = {*loaded.target.weights, *(WEIGHT_PREFIX + name for name in (head.weights if head is not None else {}))}
     return {
         slot.name: program.weights[slot.name] for graph in program.graphs.values() for slot in graph.slots
         if slot.kind == "weight" and (slot.parts or slot.form or slot.name in known)
@@ -371,10 +387,15 @@ def table(rows: Sequence[Row]) -> str:
             f"| {row.speculation} | {row.batch} | **{statistics.median(row.decode):.1f}** | {row.at_asked:.1f} "
             f"| {statistics.median(row.whole):.1f} "
             f"| {accepted} | {1000 * row.step:.3f}, {1000 * row.step_p90:.3f} | {1000 * row.host:.3f} "
-            f"| {row.bytes.total / 1e9:.2f} | {1000 * row.bound:.3f} | {100 * row.fraction:.0f}% "
+            f"| {_gigabytes(row.bytes)} | {1000 * row.bound:.3f} | {100 * row.fraction:.0f}% "
             f"| {row.start_up['first_token']:.1f} = {phases} |"
         )
     return "\n".join(lines)
+
+
+def _gigabytes(read: StepBytes) -> str:
+    """All that a step reads, and how much of it experts are."""
+    return f"{read.total / 1e9:.2f}" + (f", experts {read.experts / 1e9:.2f}" if read.experts else "")
 
 
 def as_json(title: dict[str, Any], loaded: Loaded, rows: Sequence[Row]) -> dict[str, Any]:

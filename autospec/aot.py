@@ -39,6 +39,11 @@ def package(folder: Path, place: str, unlowered: Unlowered) -> dict[str, Any]:
 
     The graphs are changed, and what the select stage chose joins their records.
     """
+    if unlowered.shape.is_exact:
+        raise LoweringError(
+            "a package is compiled by Inductor, whose fusions round differently in steps that draft", where="autospec.export",
+            help="export an exact model without compile='aot': its graphs run op by op",
+        )  # fmt: skip
     (folder / place).mkdir(parents=True)
     known, graphs = {}, []
     for name, module in unlowered.graphs.items():

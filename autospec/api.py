@@ -109,7 +109,7 @@ class OptimizedModel:
                 f"max_length is {length}, but the model has {self.target.facts.max_positions} positions",
                 at=f"max_length={length}", where=self.target.facts.name, help="choose a smaller max_length",
             )  # fmt: skip
-        limits = Limits(None, length, self.limits.page_size)
+        limits = Limits(None, length, self.limits.page_size, self.limits.exact)
         kinds = (False, True) if sampling is None else (sampling,)
         made = [
             shape_for(self.target.facts, limits, self.speculation, size, length, kind) for size in sizes for kind in kinds

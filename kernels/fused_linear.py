@@ -158,7 +158,8 @@ def choose_tile(rows: int, outputs: int, inputs: int, is_gated: bool, is_scaled:
 
 
 # float8_e4m3fn is sign, 4 bits of exponent (bias 7), 3 of mantissa. Put where a wider type has them, a byte is the same number
-# but for the bias, a power of two that the scales take up: 8 instructions for four bytes.
+# but for the bias, a power of two that the scales take up: 8 instructions for four bytes. Inductor cannot see through assembly
+# (`can_wait`), so where it launches the same is written without.
 _WIDEN = """{{
     .reg .b32 t, s;
     prmt.b32 t, $2, 0, 0x1404;  shr.u32 s, t, {shift};  and.b32 s, s, {mask};  lop3.b32 $0, t, 0x80008000, s, 0xea;
@@ -170,9 +171,15 @@ _BIAS_BF16, _BIAS_FP16 = constant(2.0**120), constant(2.0**8)
 
 
 @jit
-def widen(b_byte, dtype: tl.constexpr):
+def widen(b_byte, dtype: tl.constexpr, IN_ASSEMBLY: tl.constexpr):
     """Bytes of float8_e4m3fn, none of them NaN, as numbers of a wider type that are 2^120 (bfloat16) or 2^8 times too small."""
-    if dtype == tl.bfloat16:
+    if not IN_ASSEMBLY:
+        b_word = b_byte.to(tl.uint16) << 8
+        if dtype == tl.bfloat16:
+            return ((b_word & 0x8000) | ((b_word >> 4) & 0x07F0)).to(tl.bfloat16, bitcast=True)
+        else:
+            return ((b_word & 0x8000) | ((b_word >> 1) & 0x3F80)).to(tl.float16, bitcast=True)
+    elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(_TO_BF16, "=r,=r,r", [b_byte], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
         return tl.inline_asm_elementwise(_TO_FP16, "=r,=r,r", [b_byte], dtype=tl.float16, is_pure=True, pack=4)
@@ -225,9 +232,9 @@ def stream_weight(
             b_square += tl.sum(b_wide * b_wide, 0)
             b_x = (b_wide * tl.load(p_n + i + o_i).to(tl.float32)[:, None]).to(dtype)
         if p_s is not None:
-            b_w = widen(b_w, dtype)
+            b_w = widen(b_w, dtype, WAITS)
             if GATED:
-                b_w_up = widen(b_w_up, dtype)
+                b_w_up = widen(b_w_up, dtype, WAITS)
         b_acc = tl.dot(b_w, b_x, b_acc)
         if GATED:
             b_up = tl.dot(b_w_up, b_x, b_up)

@@ -77,8 +77,12 @@ def wrap_triton(kernel: Any, waits: bool = False) -> Any:
 
 
 def can_wait(tensor: Tensor) -> bool:
-    """Whether kernels on this GPU can start before their turn and wait inside (programmatic dependent launch: Hopper)."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    """Whether kernels may start before their turn and wait inside: launched by Triton itself, on a Hopper GPU or newer.
+
+    Where Inductor launches there is nothing to wait for, and it could not see what a kernel with inline assembly writes: it
+    would take every argument for written and copy it, pages included.
+    """
+    return _is_direct.get() and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
 @jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from harness.models import head, model
 from torch import Tensor
 
 import autospec
-from autospec.errors import OptionError
+from autospec.errors import LoweringError, OptionError
 from autospec.kernels.attention import attend
 from autospec.kernels.ordered_attention import ordered_attention
 from autospec.kernels.paged_attention import paged_attention, visible_slots
@@ -74,6 +75,22 @@ def test_a_chain_has_the_bits_of_plain_decoding(apart: None, name: str) -> None:
         assert step is not None
         assert any(node.target == ordered_attention.op for node in step.graph.nodes), "another attention would do"
     assert plain.metrics.mean_acceptance_length == 1.0
+
+
+def test_steps_run_op_by_op_and_are_not_packaged(tmp_path: Path) -> None:
+    """Inductor fuses a graph that drafts in another way than one that does not, and each fusion rounds in its own places."""
+    fast = autospec.optimize(model("target"), None, exact=True, max_length=64)
+    fast.generate([[5, 9, 2]], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    for graph in fast.program.graphs.values():
+        assert graph.call is graph.module
+        assert graph.is_compiled, "a GPU replays it"
+    with pytest.raises(LoweringError, match="fusions round differently"):
+        fast.save(tmp_path / "made", batch_sizes=(1,), compile="aot")
+    saved = autospec.load(fast.save(tmp_path / "made", batch_sizes=(1,)))
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(saved.generate([[5, 9, 2]], **options), fast.generate([[5, 9, 2]], **options))
+    assert saved.program.graphs.keys() == fast.program.graphs.keys(), "a saved model is as exact as it was"
+    assert all(graph.call is graph.module for graph in saved.program.graphs.values())
 
 
 def test_without_it_they_differ(apart: None) -> None:

@@ -1,10 +1,13 @@
-"""`autospec bench MODEL`: drafters against plain decoding, where a step's time goes, and which tree pays.
+"""`autospec bench MODEL`: transformers' generate, plain decoding and drafters; where a step's time goes, which tree pays.
 
-Plain decoding and every drafter complete the same prompts, one at a time, in turn; the median of the repeats counts.
-tokens/s is new tokens over the wall time of generate, prefill included. Then, untimed, each drafter runs once more and
-the host looks at every step: acceptance, outside of repetition loops too and by node, comes from there
-(`autospec.benching.record`). A step's time is split by leaving parts of it out (`autospec.benching.steps`), and
-`--sweep-tree` looks for the best budget (`autospec.benching.sweep`). The exit status is 1 if any token differs.
+All complete the same prompts, one at a time, in turn; the median of the repeats counts. tokens/s is new tokens over the
+wall time of generate, prefill included. Then, untimed, each drafter runs once more and the host looks at every step:
+acceptance, outside of repetition loops too and by node, comes from there (`autospec.benching.record`). A step's time is
+split by leaving parts of it out (`autospec.benching.steps`), and `--sweep-tree` looks for the best budget
+(`autospec.benching.sweep`). The exit status is 1 if any token differs.
+
+With `--batch-sizes`, `--prompt-lengths` or `--acceptance` the same contenders are measured by batch size and prompt length
+instead (`autospec.benching.grid`).
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +24,19 @@ import torch
 from tqdm import tqdm
 
 from autospec.api import Limits, OptimizedModel, optimize
-from autospec.benching import artifact, shape
+from autospec.arguments import Parser, check_at_least, check_files, sizes
+from autospec.benching import artifact, grid, profile, shape
+from autospec.benching.contenders import Contender, Ours, Timed, Transformers, in_turn
 from autospec.benching.picture import draw
 from autospec.benching.record import recorded
 from autospec.benching.results import Bench, Parts, Run
-from autospec.benching.steps import clocked, only_step, step_seconds, verify_only
+from autospec.benching.steps import only_step, step_seconds, verify_only
 from autospec.benching.sweep import SWEPT, Sweep, sweep
 from autospec.benching.text import as_json, sweep_table, table
 from autospec.cli import model_arguments, speculation_of
 from autospec.config import DraftTargetConfig, MTPConfig, Ranking, Speculation, parse_speculation, tree_of
-from autospec.errors import CheckpointError, OptionError
-from autospec.loading import check_head, load_model
+from autospec.errors import OptionError
+from autospec.loading import check_head, checked_device, load_model, tokenizer_of
 from autospec.model_zoo.bundled import demo_prompts, resolve
 from autospec.threads import available_cores, limit_threads
 
@@ -44,19 +49,26 @@ OPTION = "--speculation"
 
 def parser() -> argparse.ArgumentParser:
     """The verb's options."""
-    made = argparse.ArgumentParser(
-        prog=WHERE, description=__doc__.split("\n", 1)[0], allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = Parser(
+        prog=WHERE, description=__doc__.split("\n", 1)[0],
         epilog="autospec bench --shape NAME times an architecture with random weights instead: see its own --help.\n"
                "autospec bench DIR measures an exported artifact.\n\n"
                "Several drafters: repeat --speculation; options of the draft behind one belong to it, those before the\n"
                "first to all.\n\nexample:\n  autospec bench bundled:target --speculation ngram --max-draft-len 6 "
-               "\\\n    --speculation eagle3:bundled:eagle3 --dynamic-tree-max-topk 4 --max-total-draft-tokens 15",
+               "\\\n    --speculation eagle3:bundled:eagle3 --dynamic-tree-max-topk 4 --max-total-draft-tokens 15\n"
+               "  autospec bench bundled:target --batch-sizes 1,4 --prompt-lengths 32,128 --json grid.json --picture grid.png",
     )  # fmt: skip
     model_arguments(made)
     made.add_argument("--prompts", type=Path, metavar="FILE",
                       help="one prompt a line; .jsonl: strings, lists of token ids, or objects with text, prompt or "
                            "input_ids (default for bundled:target: its own)")  # fmt: skip
+    made.add_argument("--batch-sizes", type=sizes, default=None, metavar="B,B,...", help="measure by rows at once, such as 1,4")
+    made.add_argument("--prompt-lengths", type=sizes, default=None, metavar="S,S,...",
+                      help="measure by prompt length in tokens, cut from the prompts' text, such as 32,128")  # fmt: skip
+    made.add_argument("--acceptance", default=None, metavar="X",
+                      help="synthetic: drafts are accepted by this profile, a mean acceptance length such as 3.5 or falling "
+                           "rates such as 0.8,0.5, whatever the target says; for speed only, the tokens mean nothing")  # fmt: skip
+    made.add_argument("--without-transformers", action="store_true", help="leave transformers' generate out")
     made.add_argument("--new-tokens", type=int, default=128, help="tokens per prompt (default 128)")
     made.add_argument("--repeats", type=int, default=3, help="timed runs of each prompt; the median counts (default 3)")
     made.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -65,9 +77,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", default=None, choices=DTYPES,
                       help="of the weights (default: the checkpoint's; float32 for bundled:target)")  # fmt: skip
     made.add_argument("--sweep-tree", action="store_true", help="find the chain length or tree that pays on this machine")
-    made.add_argument("--sweep-nodes", type=_sizes, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,N,...",
+    made.add_argument("--sweep-nodes", type=sizes, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,N,...",
                       help="nodes of the verify steps that are timed (default 1,2,4,8,16,32,64)")  # fmt: skip
-    made.add_argument("--sweep-topk", type=_sizes, default=(2, 4, 8), metavar="K,K,...",
+    made.add_argument("--sweep-topk", type=sizes, default=(2, 4, 8), metavar="K,K,...",
                       help="children per node of the trees that are tried (default 2,4,8)")  # fmt: skip
     made.add_argument("--picture", type=Path, metavar="FILE", help="draw tokens/s and the drafts with their acceptance")
     made.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
@@ -82,8 +94,12 @@ def run(arguments: Sequence[str]) -> int:
         return artifact.run(arguments)
     asked = parser().parse_args(arguments)
     drafters = speculations(arguments)
+    asked.acceptance = None if asked.acceptance is None else profile.parse(asked.acceptance)
     _check(asked, drafters)
+    asked.device = checked_device(asked.device, WHERE)
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+    if asked.batch_sizes or asked.prompt_lengths or asked.acceptance is not None:
+        return _by_cell(asked, drafters)
     bench = measure(asked, drafters)
     print("\n" + table(bench))
     for one in bench.sweeps:
@@ -94,7 +110,7 @@ def run(arguments: Sequence[str]) -> int:
         draw(bench, asked.picture)
         print(f"\npicture: {asked.picture}")
     if not bench.is_identical:
-        print("\nsome tokens differ from plain decoding; in bfloat16 and float16 a near-tie can flip when a shape changes")
+        print("\n" + grid.DIFFERS)
     return 0 if bench.is_identical else 1
 
 
@@ -118,15 +134,13 @@ def speculations(arguments: Sequence[str]) -> list[tuple[str, Speculation]]:
 
 def measure(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation]]) -> Bench:
     """Everything that was asked for."""
+    prompts, options = read_prompts(asked.model, asked.prompts), _options(asked)
     module = _load(asked)
-    prompts = read_prompts(asked.model, asked.prompts)
-    options: dict[str, Any] = {"max_new_tokens": asked.new_tokens, "do_sample": False}
-    if asked.temperature > 0:
-        options |= {"do_sample": True, "temperature": asked.temperature, "top_k": 0, "top_p": 1.0, "seed": asked.seed}
     title = _title(asked, module, len(prompts))
     print(", ".join(str(value) for value in title.values()))
     runs = build(module, asked.compile, prompts, options, drafters)
-    time_runs(runs, prompts, options, asked.repeats)
+    baseline = None if asked.without_transformers else Transformers(module)
+    reference = time_runs(runs, prompts, options, asked.repeats, baseline)
     for one in tqdm(runs[1:], desc="recording steps", leave=False):
         for prompt in prompts:
             with recorded(one.fast.session) as steps:
@@ -134,19 +148,60 @@ def measure(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation
             one.steps.append(steps)
     runs[0].steps = [[] for _ in prompts]
     split_steps(runs, prompts)
-    return Bench(title, runs, _sweeps(asked, runs, prompts, options) if asked.sweep_tree else [])
+    sweeps = _sweeps(asked, runs, prompts, options) if asked.sweep_tree else []
+    return Bench(title, runs, sweeps, reference, must_equal=asked.temperature == 0)
+
+
+def _options(asked: argparse.Namespace) -> dict[str, Any]:
+    """What generate is asked for."""
+    options: dict[str, Any] = {"max_new_tokens": asked.new_tokens, "do_sample": False}
+    if asked.temperature > 0:
+        options |= {"do_sample": True, "temperature": asked.temperature, "top_k": 0, "top_p": 1.0, "seed": asked.seed}
+    return options
+
+
+def _by_cell(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation]]) -> int:
+    """Measure by batch size and prompt length, print, save; 0 if all tokens that mean something are the same."""
+    rates = [() if asked.acceptance is None else profile.rates(asked.acceptance, tree_of(one).max_draft_len) for _, one in drafters]
+    prompts, options = read_prompts(asked.model, asked.prompts), _options(asked)
+    module = _load(asked)
+    cells = [(batch, length) for length in asked.prompt_lengths or (None,) for batch in asked.batch_sizes or (1,)]
+    models = captured(module, asked.compile, drafters, Limits(None, None, None), rates)
+    grid.check_room(prompts, cells, asked.new_tokens, models[0].fast.target.facts.max_positions, WHERE)
+    title = _title(asked, module, len(prompts))
+    print(", ".join(str(value) for value in title.values()))
+    contenders: list[Contender] = [] if asked.without_transformers else [Transformers(module)]
+    contenders += [Ours(run.name, run.fast) for run in models]
+    synthetic = {run.name: profile.mean_length(one) for run, one in zip(models[1:], rates, strict=True) if one}
+    found = grid.measure(contenders, prompts, cells, options, asked.repeats, synthetic)
+    return grid.report(found, title, asked.json, asked.picture)
 
 
 def build(
     module: Any, compile: str, prompts: Sequence[list[int]], options: Any, drafters: Sequence[tuple[str, Speculation]]
 ) -> list[Run]:
-    """Plain decoding and the drafters on one captured target; a draft that several use is captured once."""
-    plain = optimize(module, None, compile=compile, max_batch_size=1)
+    """Plain decoding and the drafters on one captured target, compiled."""
     longest = max(map(len, prompts)) + options["max_new_tokens"]
-    plain.limits = Limits(1, min(-(-longest // 32) * 32, plain.target.facts.max_positions), None)
-    plain.generate([prompts[0]], **options)
-    runs, drafts = [Run("plain", "", plain)], {}
-    for asked, speculation in tqdm(drafters, desc="compiling", leave=False):
+    runs = captured(module, compile, drafters, Limits(1, -(-longest // 32) * 32, None))
+    for run in tqdm(runs, desc="compiling", leave=False):
+        run.fast._weights.update(runs[0].fast.program.weights)  # fused ones are made once
+        run.fast.generate([prompts[0]], **options)
+    return runs
+
+
+def captured(
+    module: Any, compile: str, drafters: Sequence[tuple[str, Speculation]], limits: Limits,
+    rates: Sequence[tuple[float, ...]] | None = None,
+) -> list[Run]:  # fmt: skip
+    """Plain decoding and the drafters on one captured target, nothing compiled yet; a draft that several use is captured once.
+
+    Args:
+        rates: synthetic acceptance of each drafter by depth; none: the target decides.
+    """
+    plain = optimize(module, None, compile=compile)
+    plain.limits = replace(limits, max_length=limits.max_length and min(limits.max_length, plain.target.facts.max_positions))
+    runs, drafts = [Run(grid.PLAIN, "", plain)], {}
+    for (asked, speculation), accepted in zip(drafters, rates or [()] * len(drafters), strict=True):
         draft = None
         if isinstance(speculation, Ranking):
             modules = speculation.max_draft_len if isinstance(speculation, MTPConfig) else None  # as many are loaded
@@ -157,34 +212,30 @@ def build(
             if not isinstance(speculation, DraftTargetConfig):
                 check_head(speculation, draft)  # type: ignore[arg-type]
         fast = OptimizedModel(plain.target, draft, speculation, compile, plain.limits, plain.generation_defaults,
-                              _weights=dict(plain.program.weights))  # fmt: skip
-        fast.generate([prompts[0]], **options)
+                              _acceptance=accepted)  # fmt: skip
         name = f"{asked}, {'up to ' if asked == 'auto' else ''}{tree_of(speculation)}"
+        name += f", synthetic {profile.mean_length(accepted):.2f}" if accepted else ""
         runs.append(Run(name, asked, fast))
     return runs
 
 
-def time_runs(runs: Sequence[Run], prompts: Sequence[list[int]], options: Any, repeats: int) -> None:
-    """Every run on every prompt in turn, so that a slow moment of the machine hits all of them alike."""
-    for prompt in tqdm(prompts, desc="decoding", leave=False):
-        samples: list[list[float]] = [[] for _ in runs]
-        for repeat in range(repeats):
-            for one, times in zip(runs, samples, strict=True):
-                output = one.fast.generate([prompt], **options)[0, len(prompt) :].tolist()
-                times.append(one.fast.metrics.seconds)
-                if repeat == 0:
-                    one.outputs.append(output)
-                    one.metrics.append(one.fast.metrics)
-        for one, times in zip(runs, samples, strict=True):
-            one.seconds.append(statistics.median(times))
-            one.glue_seconds.append(_glue(one.fast, prompt, options))
-
-
-def _glue(fast: OptimizedModel, prompt: list[int], options: Any) -> float:
-    """Seconds of one run after the first token that no step accounts for."""
-    with clocked(fast.session) as times:
-        fast.generate([prompt], **options)
-    return fast.metrics.seconds - fast.metrics.first_token_seconds - sum(times)
+def time_runs(
+    runs: Sequence[Run], prompts: Sequence[list[int]], options: Any, repeats: int, baseline: Transformers | None = None
+) -> list[Timed] | None:
+    """Every run on every prompt in turn, so that a slow moment of the machine hits all of them alike; and the baseline's times."""
+    others: list[Contender] = [] if baseline is None else [baseline]
+    for one in others:
+        one.sample([prompts[0]], options)
+    contenders = [*others, *(Ours(run.name, run.fast) for run in runs)]
+    found = in_turn(contenders, tqdm([[prompt] for prompt in prompts], desc="decoding", leave=False), options, repeats)
+    for run, timed in zip(runs, found[len(others) :], strict=True):
+        run.outputs += [one.outputs[0] for one in timed]
+        run.metrics += [one.metrics for one in timed if one.metrics is not None]
+        run.seconds += [one.seconds for one in timed]
+        run.glue_seconds += [one.glue for one in timed]
+        run.first_tokens += [seconds for one in timed for seconds in one.first_tokens]
+        run.step_times += [seconds for one in timed for seconds in one.steps]
+    return found[0] if others else None
 
 
 def split_steps(runs: Sequence[Run], prompts: Sequence[list[int]]) -> None:
@@ -218,8 +269,8 @@ def _sweeps(asked: argparse.Namespace, runs: Sequence[Run], prompts: Sequence[li
     glue = plain.parts.glue if plain.parts else 0.0
     for one in runs[1:]:
         if one.asked not in found and isinstance(one.fast.speculation, SWEPT):
-            found[one.asked] = sweep(one.asked, one.fast, prompts, plain.outputs, options, nodes=asked.sweep_nodes,
-                                     topks=asked.sweep_topk, glue=glue)  # fmt: skip
+            found[one.asked] = sweep(one.asked, one.fast, prompts, plain.outputs, options, nodes=sorted(asked.sweep_nodes),
+                                     topks=sorted(asked.sweep_topk), glue=glue)  # fmt: skip
     return list(found.values())
 
 
@@ -240,13 +291,7 @@ def read_prompts(model: str, file: Path | None) -> list[list[int]]:
             raise OptionError("there are no prompts", at=f"--prompts {file}", where=WHERE, help="write one on every line")
     if all(isinstance(one, list) for one in prompts):
         return prompts
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
-    except (OSError, ValueError) as error:
-        raise CheckpointError("the model's tokenizer cannot be loaded", at=model, where=WHERE,
-                              help="text needs one; .jsonl prompts may hold token ids instead") from error  # fmt: skip
+    tokenizer = tokenizer_of(model, WHERE)
     return [one if isinstance(one, list) else list(tokenizer(one)["input_ids"]) for one in prompts]
 
 
@@ -270,12 +315,7 @@ def _load(asked: argparse.Namespace) -> Any:
     limit_threads()
     dtype = asked.dtype or ("float32" if asked.model == DEMO else None)
     module = load_model(resolve(asked.model), "model")
-    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return module.to(device=device, dtype=DTYPES[dtype] if dtype else None)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"the model cannot be moved to '{device}': {str(error).splitlines()[0]:.120}",
-                          at=f"--device {device}", where=WHERE, help="cpu always works") from error  # fmt: skip
+    return module.to(device=asked.device, dtype=DTYPES[dtype] if dtype else None)
 
 
 def _title(asked: argparse.Namespace, module: Any, prompts: int) -> dict[str, str | int | float]:
@@ -292,29 +332,18 @@ def _title(asked: argparse.Namespace, module: Any, prompts: int) -> dict[str, st
 
 def _check(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation]]) -> None:
     """Refuse what could only fail after minutes of compiling."""
-    for name, least in (("new_tokens", 2), ("repeats", 1)):
-        if getattr(asked, name) < least:
-            option = "--" + name.replace("_", "-")
-            raise OptionError(f"{option} must be at least {least}, got {getattr(asked, name)}", at=option, where=WHERE,
-                              help="leave it out for the default")  # fmt: skip
+    check_at_least(asked, {"new_tokens": 2, "repeats": 1}, WHERE)
+    check_files({"--json": asked.json, "--picture": asked.picture}, WHERE)
     if asked.temperature < 0:
         raise OptionError(f"--temperature must not be negative, got {asked.temperature}", at="--temperature",
                           where=WHERE, help="0 decodes greedily")  # fmt: skip
     if asked.sweep_tree and not any(isinstance(speculation, SWEPT) for _, speculation in drafters):
         raise OptionError("--sweep-tree needs a drafter whose budget can be chosen", at="--sweep-tree", where=WHERE,
                           help="add --speculation ngram, draft:MODEL, eagle3:HEAD or medusa:HEAD")  # fmt: skip
-    for option, file in (("--json", asked.json), ("--picture", asked.picture)):
-        if file is not None and not file.resolve().parent.is_dir():
-            raise OptionError(f"there is no folder for {option}", at=f"{option} {file}", where=WHERE,
-                              help="make the folder first")  # fmt: skip
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    """Positive numbers with commas, ascending."""
-    try:
-        sizes = tuple(sorted({int(word) for word in text.split(",")}))
-    except ValueError:
-        sizes = ()
-    if not sizes or sizes[0] < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of positive numbers such as 1,2,4")
-    return sizes
+    is_grid = asked.batch_sizes or asked.prompt_lengths or asked.acceptance is not None
+    if asked.sweep_tree and is_grid:
+        raise OptionError("--sweep-tree predicts from prompts as they are, one at a time", at="--sweep-tree", where=WHERE,
+                          help="leave out --batch-sizes, --prompt-lengths and --acceptance")  # fmt: skip
+    if asked.acceptance is not None and any(name == "auto" for name, _ in drafters):
+        raise OptionError("--acceptance needs drafts of one length, and auto chooses its own", at="--acceptance", where=WHERE,
+                          help="name a drafter, such as --speculation ngram --max-draft-len 6")  # fmt: skip

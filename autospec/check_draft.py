@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from autospec.errors import CheckpointError, OptionError
+from autospec.arguments import Parser
+from autospec.errors import OptionError
 from autospec.heads.agreement import teacher_forced_agreement
-from autospec.loading import check_causal_lm, load_draft_head, load_model
+from autospec.loading import check_causal_lm, load_draft_head, load_model, tokenizer_of
 from autospec.model_zoo.bundled import resolve
 
 PROMPT = "The history of computing began long before the first electronic machine was switched on."
@@ -22,10 +23,9 @@ PROMPT = "The history of computing began long before the first electronic machin
 
 def parser() -> argparse.ArgumentParser:
     """The verb's options."""
-    made = argparse.ArgumentParser(
-        prog="autospec check-draft", description=__doc__.split("\n", 1)[0], allow_abbrev=False,
+    made = Parser(
+        prog="autospec check-draft", description=__doc__.split("\n", 1)[0],
         epilog="example:\n  autospec check-draft bundled:target bundled:eagle3",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     made.add_argument("model", help="path or hub id of the target")
     made.add_argument("head", help="path or hub id of an EAGLE-3 or Medusa head")
@@ -52,13 +52,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _text(asked: argparse.Namespace, target: Any) -> torch.Tensor:
     """Token ids [1, S]: a file's, or the target's own continuation of the prompt."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(asked.model))
-    except (OSError, ValueError) as error:
-        raise CheckpointError("the model's tokenizer cannot be loaded", at=asked.model, where="autospec check-draft",
-                              help=f"text needs one: {(str(error).splitlines() or [''])[0]:.120}") from error  # fmt: skip
+    tokenizer = tokenizer_of(asked.model, "autospec check-draft")
     if asked.text is not None:
         try:
             text = asked.text.read_text()

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from autospec.errors import AutospecError, CheckpointError, OptionError
+from autospec.arguments import Parser
+from autospec.errors import AutospecError, OptionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="autospec", description="Lossless speculative decoding of Hugging Face causal LMs.", allow_abbrev=False
-    )
+    parser = Parser(
+        prog="autospec", description="Lossless speculative decoding of Hugging Face causal LMs.",
+        epilog="example:\n  autospec generate bundled:target --prompt 'def add(a, b):' --max-new-tokens 32\n\n"
+               "autospec COMMAND --help says more of each, with an example.",
+    )  # fmt: skip
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = _verb(verbs, "demo", _demo, "optimise the bundled code model and compare it with transformers",
@@ -87,9 +90,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verb(verbs: Any, name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
     parser = verbs.add_parser(
-        name, help=help_text, description=help_text, epilog=f"example:\n  {example}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        name, help=help_text, description=help_text, epilog=f"example:\n  {example}"
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -154,7 +156,8 @@ def _paths(text: str) -> Any:
 def _train_arguments(verbs: Any) -> None:
     from autospec.training.arguments import add_arguments
 
-    train = verbs.add_parser("train", help="train a draft head for a model on your own text", allow_abbrev=False)
+    train = verbs.add_parser("train", help="train a draft head for a model on your own text",
+                             epilog="example:\n  autospec train eagle3 bundled:target --data notes.txt --out my-head")  # fmt: skip
     for kind, parser in add_arguments(train).items():
         parser.set_defaults(run=_train, kind=kind)
 
@@ -245,19 +248,14 @@ def _export(asked: argparse.Namespace) -> int:
 def _tokenizer(asked: argparse.Namespace) -> Any:
     """encode(text) -> [1, S] ids, decode(ids) -> text; an artifact's needs no transformers."""
     from autospec.artifact.manifest import is_artifact
-    from autospec.model_zoo.bundled import resolve
 
     if is_artifact(asked.model):
         from autospec.runtime.text import load_tokenizer
 
         return load_tokenizer(asked.model)
-    from transformers import AutoTokenizer
+    from autospec.loading import tokenizer_of
 
-    try:
-        return AutoTokenizer.from_pretrained(resolve(asked.model))
-    except (OSError, ValueError) as error:
-        raise CheckpointError("the model's tokenizer cannot be loaded", at=asked.model, where="autospec generate",
-                              help=f"text needs one: {(str(error).splitlines() or [''])[0]:.120}") from error  # fmt: skip
+    return tokenizer_of(asked.model, "autospec generate")
 
 
 def _generate(asked: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autospec.api import optimize
+from autospec.arguments import check_at_least, check_files
 from autospec.config import DraftTargetConfig, Eagle3Config, NGramConfig
+from autospec.loading import checked_device
 from autospec.model_zoo.bundled import demo_prompts, resolve
 from autospec.threads import available_cores
 
@@ -65,7 +68,10 @@ def run_demo(
     """Decode the bundled prompts with every drafter, print the table, save the picture; 0 if all tokens are identical."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = argparse.Namespace(new_tokens=new_tokens, prompts=num_prompts, repeats=repeats)
+    check_at_least(given, dict.fromkeys(("new_tokens", "prompts", "repeats"), 1), "autospec demo")
+    check_files({"--picture": picture or None}, "autospec demo")
+    place = checked_device(device, "autospec demo")
     cores = available_cores()
     torch.set_num_threads(cores)
     load: Any = AutoModelForCausalLM.from_pretrained

@@ -49,9 +49,9 @@ class LoweringError(AutospecError):
     """A lowered graph would copy a page buffer or break another promise of the program."""
 
 
-def unknown_option(kind: str, name: str, known: Iterable[str], *, help: str | None = None) -> OptionError:
-    """The error for an option nobody knows, with the nearest right name."""
+def unknown_option(kind: str, name: str, known: Iterable[str], *, help: str | None = None, what: str = "option") -> OptionError:
+    """The error for an option (or another `what`) nobody knows, with the nearest right name."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-    return OptionError(f"{kind} has no option '{name}'", at=name, where=kind, help=help or hint)
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}" if known else f"it takes no {what}"
+    return OptionError(f"{kind} has no {what} '{name}'", at=name, where=kind, help=help or hint)

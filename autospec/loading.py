@@ -45,14 +45,7 @@ def load_model(model: Any, option: str, like: Any = None) -> Any:
         options = {"dtype": weight.dtype}
         if weight.is_cuda:
             options["device_map"] = {"": weight.device}
-    path = Path(model)
-    looks_local = not str(model) or str(model).startswith(("/", ".", "~")) or str(model).count("/") > 1
-    if looks_local and (not str(model) or not path.exists()):
-        raise CheckpointError("there is no such folder", at=f"{option}={str(model)!r}", where="autospec.optimize",
-                              help="name a folder written by save_pretrained, or a hub id such as 'name/model'")  # fmt: skip
-    if path.exists() and not (path / "config.json").is_file():
-        raise CheckpointError("the folder has no config.json", at=str(path), where=option,
-                              help="name a folder written by save_pretrained")  # fmt: skip
+    _check_place(model, option)
     try:
         load: Any = AutoModelForCausalLM.from_pretrained
         loaded, info = load(str(model), output_loading_info=True, **options)
@@ -60,7 +53,8 @@ def load_model(model: Any, option: str, like: Any = None) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"the checkpoint cannot be loaded: {type(error).__name__}: {reason[:200]}", at=str(model), where=option,
-            help="a truncated or corrupt file must be downloaded again; an encoder-decoder model is not supported",
+            help="a truncated or corrupt file must be downloaded again; an encoder-decoder model is not supported"
+            if Path(model).exists() else f"there is no folder '{model}' here: check the name, or download the model first",
         ) from error  # fmt: skip
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
@@ -71,6 +65,52 @@ def load_model(model: Any, option: str, like: Any = None) -> Any:
             at=str(model), where=option, help="random weights would have taken their place; check the files",
         )  # fmt: skip
     return loaded.eval()
+
+
+def _check_place(model: str, option: str) -> None:
+    """Raise CheckpointError for a folder that is not there or holds no model; a hub id passes."""
+    looks_local = not model or model.startswith(("/", ".", "~")) or model.count("/") > 1
+    if looks_local and (not model or not Path(model).exists()):
+        raise CheckpointError("there is no such folder", at=f"{option}={model!r}", where="autospec.optimize",
+                              help="name a folder written by save_pretrained, or a hub id such as 'name/model'")  # fmt: skip
+    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+        raise CheckpointError("the folder has no config.json", at=model, where=option,
+                              help="name a folder written by save_pretrained")  # fmt: skip
+
+
+def tokenizer_of(model: str, where: str) -> Any:
+    """transformers' tokenizer of a folder or hub id; a bundled name is one too.
+
+    Raises:
+        CheckpointError: there is no such model, or it comes without a tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    place = resolve(model)
+    _check_place(place, "model")
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        help = "text needs one; prompts in a .jsonl file may hold token ids instead"
+        if not Path(place).exists():
+            help = f"there is no folder '{model}' here: check the name"
+        raise CheckpointError(f"the model's tokenizer cannot be loaded: {reason:.120}", at=model, where=where, help=help) from error
+
+
+def checked_device(device: str | None, where: str) -> str:
+    """A device that can hold a tensor; None: cuda if there is one, else cpu.
+
+    Raises:
+        OptionError: there is no such device here.
+    """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"there is no device '{place}' here: {str(error).splitlines()[0]:.120}", at=f"--device {place}",
+                          where=where, help="cpu always works") from None  # fmt: skip
+    return place
 
 
 def model_on_meta(path: Any) -> Any:

@@ -41,7 +41,7 @@ def parse_passes(text: str, more: Mapping[str, type[Pass]] | None = None) -> lis
             )  # fmt: skip
         name, place = item[1], item.end()
         if name not in known:
-            raise unknown_option("autospec run", name, known)
+            raise unknown_option("autospec run", name, known, what="pass")
         found.append(_made(known[name], dict(_options(name, item[2] or ""))))
     if not found:
         raise OptionError("no pass was named", at=repr(text), where="autospec run", help="`autospec passes` lists them")

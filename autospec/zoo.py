@@ -27,6 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from autospec.arguments import Parser
 from autospec.errors import AutospecError, OptionError, unknown_option
 
 DRAFTERS = ("plain", "ngram", "draft")
@@ -280,9 +281,9 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The verb's options."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="autospec zoo", description=__doc__.splitlines()[0] if __doc__ else None,
-        epilog="example:\n  autospec zoo --types llama,gemma2", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  autospec zoo --types llama,gemma2",
     )  # fmt: skip
     options.add_argument("--types", help="comma-separated model types; all causal-LM types by default")
     options.add_argument("--jobs", type=int, default=2, help="types at once")
@@ -300,10 +301,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     types = [name.strip() for name in given.types.split(",") if name.strip()] if given.types else known
     for name in types:
         if name not in known:
-            raise unknown_option("zoo --types", name, known)
+            raise unknown_option("autospec zoo", name, known, what="model type")
     if given.jobs < 1:
         raise OptionError(
-            f"--jobs must be at least 1, got {given.jobs}", at=f"--jobs {given.jobs}", where="autospec zoo"
+            f"--jobs must be at least 1, got {given.jobs}", at=f"--jobs {given.jobs}", where="autospec zoo",
+            help="types at once, one of them or more",
         )
     rows = run_zoo(types, given.jobs, progress=True, time_limit=given.time_limit, seed=given.seed)
     if given.json:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from autospec.arguments import Parser
 from autospec.artifact.manifest import is_artifact
 from autospec.benching.steps import clocked
 from autospec.errors import CapacityError, OptionError
@@ -27,10 +28,9 @@ def is_asked_for(arguments: Sequence[str]) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="autospec bench", description=__doc__.split("\n", 1)[0], allow_abbrev=False,
+    made = Parser(
+        prog="autospec bench", description=__doc__.split("\n", 1)[0],
         epilog="example:\n  autospec bench exported --new-tokens 64 --json artifact.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     made.add_argument("model", help="a folder that `autospec export` wrote")
     made.add_argument("--compile", default=None, choices=("aot", "inductor", "eager"), help="as in autospec generate")

@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from autospec.benching.contenders import TRANSFORMERS
 from autospec.benching.record import Key, NodeRate
 from autospec.benching.results import Bench, Run
 from autospec.benching.sweep import Sweep
+from autospec.benching.text import latencies
 from autospec.trees import DraftTree
 
 BARS = ["#8d99ae", "#457b9d", "#2a9d8f", "#e76f51", "#9c6644", "#6d597a"]
@@ -25,21 +27,22 @@ def draw(bench: Bench, file: Path) -> None:
     from matplotlib.colors import Normalize
 
     drafted = [run for run in bench.runs if not run.is_plain and run.nodes]
-    count = 1 + len(drafted) + len(bench.sweeps)
+    count = 2 + len(drafted) + len(bench.sweeps)
     columns = min(count, 2 if count in (2, 4) else 3)
     rows = math.ceil(count / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5.6 * columns, 4.2 * rows), layout="constrained", squeeze=False)
     places = list(axes.flat)
     _bars(places[0], bench)
+    _latencies(places[1], bench)
     shades = ScalarMappable(Normalize(0, 1), "YlGnBu")
-    for axis, run in zip(places[1:], drafted, strict=False):
+    for axis, run in zip(places[2:], drafted, strict=False):
         _draft(axis, run, shades)
-    for axis, one in zip(places[1 + len(drafted) :], bench.sweeps, strict=False):
+    for axis, one in zip(places[2 + len(drafted) :], bench.sweeps, strict=False):
         _sweep(axis, one)
     for axis in places[count:]:
         axis.set_axis_off()
     if drafted:
-        bar = figure.colorbar(shades, ax=places[1 : 1 + len(drafted)], shrink=0.6, aspect=30, pad=0.01)
+        bar = figure.colorbar(shades, ax=places[2 : 2 + len(drafted)], shrink=0.6, aspect=30, pad=0.01)
         bar.set_label("accepted, of the nodes verified there", fontsize=9)
         bar.outline.set_visible(False)
     facts = bench.title
@@ -50,18 +53,53 @@ def draw(bench: Bench, file: Path) -> None:
 
 def _bars(axis: Any, bench: Bench) -> None:
     runs, facts = bench.runs, bench.title
-    speeds = [run.tokens_per_second for run in runs]
-    bars = axis.barh(range(len(runs)), speeds, color=[BARS[i % len(BARS)] for i in range(len(runs))], height=0.5)
-    labels = [f"{speed:,.0f}  ({speed / speeds[0]:.2f}x)" for speed in speeds]
+    named = [(run.name, run.tokens_per_second) for run in runs]
+    if bench.reference_speed is not None:
+        named.insert(0, (TRANSFORMERS, bench.reference_speed))
+    speeds = [speed for _, speed in named]
+    bars = axis.barh(range(len(named)), speeds, color=list(_colours(bench).values()), height=0.5)
+    labels = [f"{speed:,.0f}  ({speed / runs[0].tokens_per_second:.2f}x)" for speed in speeds]
     axis.bar_label(bars, labels, padding=4, fontsize=9)
-    for place, run in enumerate(runs):
-        axis.text(0, place - 0.36, run.name, fontsize=8.5, color=INK, va="center")
+    for place, (name, _) in enumerate(named):
+        axis.text(0, place - 0.36, name, fontsize=8.5, color=INK, va="center")
     axis.set_xlim(0, max(speeds) * 1.35)
-    axis.set_ylim(len(runs) - 0.5, -0.75)
+    axis.set_ylim(len(named) - 0.5, -0.75)
     axis.set_yticks([])
-    same = "identical tokens" if all(run.equals(runs[0]) for run in runs) else "TOKENS DIFFER"
-    axis.set_xlabel(f"tokens per second, {same}")
+    axis.set_xlabel(f"tokens per second, {'identical tokens' if bench.is_identical else 'TOKENS DIFFER'}; x of plain decoding")
     axis.set_title(f"{facts['prompts']}, {facts['new_tokens']}\n{facts['decoding']}, {facts['compile']}", fontsize=9.5, color=INK)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _colours(bench: Bench) -> dict[str, str]:
+    """One colour for everyone who decodes; those who are compared with keep theirs whoever else takes part."""
+    fixed = {TRANSFORMERS: GREY} if bench.reference is not None else {}
+    return fixed | {run.name: BARS[0] if run.is_plain else BARS[1 + i % (len(BARS) - 1)] for i, run in enumerate(bench.runs, -1)}
+
+
+def _latencies(axis: Any, bench: Bench) -> None:
+    """A step and the first token: a line from the median to the 99th percentile, marks at 50, 90 and 99."""
+    told, colours = latencies(bench), _colours(bench)
+    for place, (name, step, first) in enumerate(told):
+        for offset, found, marker in ((-0.02, step, "o"), (0.24, first, "s")):
+            times = [1000 * seconds for seconds in found.values()]
+            if not times:
+                continue
+            axis.plot([times[0], times[-1]], [place + offset] * 2, color=colours[name], linewidth=2, zorder=1)
+            axis.scatter(times, [place + offset] * len(times), s=(52, 26, 26), marker=marker, color=colours[name], edgecolor=INK,
+                         linewidth=0.6, zorder=2)  # fmt: skip
+            axis.annotate(f"{times[0]:.1f}", (times[0], place + offset), textcoords="offset points", xytext=(-6, 0), ha="right",
+                          va="center", fontsize=7.5, color=INK)  # fmt: skip
+        axis.text(0.01, place - 0.3, name, fontsize=8.5, color=INK, va="center", transform=axis.get_yaxis_transform())
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.set_xlim(low / 1.6, high * 1.1)
+    axis.set_ylim(len(told) - 0.4, -0.6)
+    axis.set_yticks([])
+    axis.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    axis.xaxis.set_minor_formatter(lambda value, place: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axis.set_xlabel("milliseconds (log); round: a step, square: the first token; 50, 90, 99%")
+    axis.set_title("latency", fontsize=9.5, color=INK)
+    axis.grid(axis="x", alpha=0.25, which="both")
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 

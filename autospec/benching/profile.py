@@ -61,5 +61,5 @@ def _geometric(a: float, levels: int) -> tuple[float, ...]:
 
 
 def _refusal(asked: object, reason: str) -> OptionError:
-    return OptionError(f"the acceptance {reason}", at=f"--acceptance {asked}", where="autospec bench --shape",
+    return OptionError(f"the acceptance {reason}", at=f"--acceptance {asked}", where="autospec bench",
                        help="write a mean acceptance length such as 3.91, or falling rates such as 0.8,0.6,0.4")  # fmt: skip

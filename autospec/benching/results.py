@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from autospec.api import OptimizedModel
+from autospec.benching.contenders import Timed
 from autospec.benching.record import Acceptance, Key, NodeRate, Step, acceptance, node_rates, outside_loops
 from autospec.benching.sweep import Sweep
 from autospec.config import tree_of
@@ -37,6 +38,7 @@ class Run:
         glue_seconds: of each prompt, what passed outside of its steps after the first token.
         metrics: what the device counted, by prompt.
         steps: what the host saw, by prompt, in a run that was not timed.
+        first_tokens: seconds to the first token of every call; step_times: of every step of a call per prompt.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Run:
     glue_seconds: list[float] = field(default_factory=list)
     metrics: list[Metrics] = field(default_factory=list)
     steps: list[list[Step]] = field(default_factory=list)
+    first_tokens: list[float] = field(default_factory=list)
+    step_times: list[float] = field(default_factory=list)
     parts: Parts | None = None
 
     @property
@@ -105,12 +109,30 @@ class Bench:
         title: model, dtype, device and versions.
         runs: plain first.
         sweeps: of --sweep-tree.
+        reference: transformers' generate by prompt, if it was measured.
+        must_equal: whether its tokens must be those of plain decoding: sampled ones come from another stream.
     """
 
     title: dict[str, str | int | float]
     runs: list[Run]
     sweeps: list[Sweep]
+    reference: list[Timed] | None = None
+    must_equal: bool = True
 
     @property
     def is_identical(self) -> bool:
-        return all(run.equals(self.runs[0]) for run in self.runs)
+        return all(run.equals(self.runs[0]) for run in self.runs) and self.reference_equals is not False
+
+    @property
+    def reference_equals(self) -> bool | None:
+        """Whether transformers' tokens are those of plain decoding; None: it was not measured, or need not be."""
+        if self.reference is None or not self.must_equal:
+            return None
+        return [one.outputs[0] for one in self.reference] == self.runs[0].outputs
+
+    @property
+    def reference_speed(self) -> float | None:
+        """Tokens per second of transformers' generate."""
+        if self.reference is None:
+            return None
+        return sum(len(one.outputs[0]) for one in self.reference) / sum(one.seconds for one in self.reference)

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from autospec.api import Limits, OptimizedModel
+from autospec.arguments import Parser, check_at_least, check_files, sizes
 from autospec.assemble import Draft, capture_model
 from autospec.benching import profile
 from autospec.benching.random_model import DRAFT_TOP1, random_head, random_model, random_mtp
@@ -148,9 +149,8 @@ class Row:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `autospec bench --shape`."""
-    made = argparse.ArgumentParser(
-        prog=WHERE, description=__doc__.split("\n", 1)[0], allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = Parser(
+        prog=WHERE, description=__doc__.split("\n", 1)[0],
         epilog="example:\n  autospec bench --shape llama-3.1-8b --speculation none eagle3:7@3.91 eagle3-tree:7,10,60@3.84 "
                "\\\n    --batch 1,16,64 --json shape.json",
     )  # fmt: skip
@@ -162,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--acceptance", default="3.91", metavar="X",
                       help="mean acceptance length, bonus token included (a geometric profile), or falling rates by depth "
                            "with commas (default 3.91)")  # fmt: skip
-    made.add_argument("--batch", type=_sizes, default=(1,), metavar="B,B,...", help="prompts at once (default 1)")
+    made.add_argument("--batch", type=sizes, default=(1,), metavar="B,B,...", help="prompts at once (default 1)")
     made.add_argument("--prompt", type=int, default=512, help="tokens of each prompt (default 512)")
     made.add_argument("--new-tokens", type=int, default=512, help="tokens to decode of each (default 512)")
     made.add_argument("--exact", action="store_true", help="with exact=True: what bits that do not depend on the draft cost")
@@ -207,7 +207,7 @@ def parse_drafter(word: str) -> Drafter:
     asked, _, sizes = name.partition(":")
     kind = asked.removesuffix("-fp8")
     if kind not in FORMS:
-        raise unknown_option("--speculation", kind, FORMS)
+        raise unknown_option("--speculation", kind, FORMS, what="drafter")
     try:
         numbers = [int(number) for number in sizes.split(",")] if sizes else []
     except ValueError:
@@ -218,7 +218,7 @@ def parse_drafter(word: str) -> Drafter:
     options: dict[str, Any] | None = dict(zip(FORMS[kind], numbers, strict=True)) if numbers else None
     if asked != kind:
         if options is None:
-            raise unknown_option("--speculation", asked, FORMS)
+            raise unknown_option("--speculation", asked, FORMS, what="drafter")
         options["draft_quantization"] = "fp8"
     return Drafter(name, options, profile.parse(acceptance) if acceptance else None)
 
@@ -435,27 +435,10 @@ def _profile(drafter: Drafter, otherwise: str) -> tuple[float, ...]:
 def _check(asked: argparse.Namespace) -> None:
     """Refuse what could only fail after minutes of compiling."""
     if asked.shape not in SHAPES:
-        raise unknown_option("--shape", asked.shape, SHAPES)
-    for name, least in (("prompt", 1), ("new_tokens", 4), ("rounds", 1)):
-        if getattr(asked, name) < least:
-            option = "--" + name.replace("_", "-")
-            raise OptionError(f"{option} must be at least {least}, got {getattr(asked, name)}", at=option, where=WHERE,
-                              help="leave it out for the default")  # fmt: skip
+        raise unknown_option(WHERE, asked.shape, SHAPES, what="shape")
+    check_at_least(asked, {"prompt": 1, "new_tokens": 4, "rounds": 1}, WHERE)
+    check_files({"--json": asked.json}, WHERE)
     if asked.prompt + asked.new_tokens > SHAPES[asked.shape].max_positions:
         raise OptionError(f"{asked.prompt} prompt tokens and {asked.new_tokens} new ones are more than the shape's "
                           f"{SHAPES[asked.shape].max_positions} positions", at="--prompt", where=WHERE,
                           help="lower --prompt or --new-tokens")  # fmt: skip
-    if asked.json is not None and not asked.json.resolve().parent.is_dir():
-        raise OptionError("there is no folder for --json", at=f"--json {asked.json}", where=WHERE,
-                          help="make the folder first")  # fmt: skip
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    """Positive numbers with commas."""
-    try:
-        sizes = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of positive numbers such as 1,16,64")
-    return sizes

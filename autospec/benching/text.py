@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from autospec.benching.contenders import TRANSFORMERS, percentiles
+from autospec.benching.grid import spread
 from autospec.benching.record import Acceptance
 from autospec.benching.results import Bench, Run
 from autospec.benching.sweep import Budget, Sweep
@@ -11,11 +13,15 @@ from autospec.benching.sweep import Budget, Sweep
 
 def table(bench: Bench) -> str:
     """One line a run, then acceptance by depth and rank."""
-    plain, width = bench.runs[0], max(len(run.name) for run in bench.runs) + 1
+    plain, width = bench.runs[0], max(len(name) for name in (TRANSFORMERS, *(run.name for run in bench.runs))) + 1
+    baseline = bench.reference_speed
     lines = [
         f"{'':<{width}} {'tokens/s':>9} {'speed-up':>8} {'identical':>9} {'accepted':>9} {'no loops':>9} {'nodes':>6}"
         f" {'step ms':>8} {'verify':>8} {'draft':>8} {'glue':>8}"
     ]
+    if baseline is not None:
+        same = {True: "yes", False: "NO", None: ""}[bench.reference_equals]
+        lines.append(f"{TRANSFORMERS:<{width}} {baseline:>9.1f} {baseline / plain.tokens_per_second:>7.2f}x {same:>9}")
     for run in bench.runs:
         counted, outside = run.acceptance, run.acceptance_outside_loops
         lengths = f"{counted.mean_length:>9.2f} {_length(outside):>9} {counted.nodes_per_step:>6.1f}"
@@ -26,11 +32,30 @@ def table(bench: Bench) -> str:
             f" {'yes' if run.equals(plain) else 'NO':>9} {lengths if counted.steps else ' ' * 26}"
             + "".join(f" {1000 * seconds:>8.3f}" for seconds in times)
         )
-    lines += ["", "accepted: mean acceptance length, bonus token included; no loops: of the steps before the output repeats"]
-    lines += ["itself; nodes: draft nodes verified per step; verify, draft and glue add up to a step.", ""]
+    lines += ["", "speed-up: over plain decoding; accepted: mean acceptance length, bonus token included; no loops: of the steps"]
+    lines += ["before the output repeats itself; nodes: draft nodes verified per step; verify, draft, glue add up to a step.", ""]
+    lines += [*_latencies(bench, width), ""]
     if any(_is_disturbed(run) for run in bench.runs):
         lines += ["the machine was busy while steps were timed: they took longer than the runs they are part of", ""]
     return "\n".join(lines + [line for run in bench.runs[1:] for line in _rates(run)])
+
+
+def _latencies(bench: Bench, width: int) -> list[str]:
+    """Percentiles of a step and of the first token, one line a run."""
+    lines = [f"{'':<{width}} {'step ms p50, p90, p99':<26} {'first token ms p50, p90, p99'}"]
+    for name, step, first in latencies(bench):
+        lines.append(f"{name:<{width}} {spread(step):<26} {spread(first)}")
+    return lines
+
+
+def latencies(bench: Bench) -> list[tuple[str, dict[str, float], dict[str, float]]]:
+    """Seconds of a step and to the first token by percentile, of everyone who decoded."""
+    found = [(run.name, percentiles(run.step_times), percentiles(run.first_tokens)) for run in bench.runs]
+    if bench.reference is not None:
+        steps = [seconds for one in bench.reference for seconds in one.steps]
+        first = [seconds for one in bench.reference for seconds in one.first_tokens]
+        found.insert(0, (TRANSFORMERS, percentiles(steps), percentiles(first)))
+    return found
 
 
 def _is_disturbed(run: Run) -> bool:
@@ -124,12 +149,25 @@ def as_json(bench: Bench) -> dict[str, Any]:
     plain = bench.runs[0]
     return {
         **bench.title,
-        "runs": [_run_json(run, plain) for run in bench.runs],
+        "runs": [*_reference_json(bench, plain), *(_run_json(run, plain, bench.reference_speed) for run in bench.runs)],
         "sweeps": [_sweep_json(one) for one in bench.sweeps],
     }
 
 
-def _run_json(run: Run, plain: Run) -> dict[str, Any]:
+def _reference_json(bench: Bench, plain: Run) -> list[dict[str, Any]]:
+    """transformers' generate as a run, if it was measured."""
+    if bench.reference_speed is None:
+        return []
+    _, steps, first = latencies(bench)[0]
+    return [{
+        "name": TRANSFORMERS, "speculation": None, "tree": None, "tokens_per_second": bench.reference_speed,
+        "speed_up": bench.reference_speed / plain.tokens_per_second, "is_identical": bench.reference_equals,
+        "seconds": [one.seconds for one in bench.reference or ()], "acceptance": {"mean_acceptance_length": None, "per_depth": []},
+        "step_seconds": None, "step_seconds_percentiles": steps, "first_token_seconds": first,
+    }]  # fmt: skip
+
+
+def _run_json(run: Run, plain: Run, baseline: float | None) -> dict[str, Any]:
     parts = run.parts
     return {
         "name": run.name,
@@ -137,6 +175,7 @@ def _run_json(run: Run, plain: Run) -> dict[str, Any]:
         "tree": str(run.tree) if run.tree.max_draft_len else None,
         "tokens_per_second": run.tokens_per_second,
         "speed_up": run.tokens_per_second / plain.tokens_per_second,
+        "speed_up_over_transformers": None if baseline is None else run.tokens_per_second / baseline,
         "is_identical": run.equals(plain),
         "seconds": run.seconds,
         "steps": {str(length): count for length, count in run.launches.items()},
@@ -149,6 +188,7 @@ def _run_json(run: Run, plain: Run) -> dict[str, Any]:
         "step_seconds": None if parts is None else {
             "step": parts.step, "verify": parts.verify, "draft": parts.draft, "glue": parts.glue,
         },
+        "step_seconds_percentiles": percentiles(run.step_times), "first_token_seconds": percentiles(run.first_tokens),
     }  # fmt: skip
 
 

@@ -22,8 +22,7 @@ def add_arguments(train: argparse.ArgumentParser) -> dict[str, argparse.Argument
         ("mtp", "modules for multi-token prediction, each a layer of the target's own kind"),
     ):
         parser = kinds.add_parser(
-            kind, help=help_text, description=help_text, epilog=f"example:\n  {EXAMPLE.format(kind)}", allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            kind, help=help_text, description=help_text, epilog=f"example:\n  {EXAMPLE.format(kind)}",
         )  # fmt: skip
         _common(parser)
         {"eagle3": _eagle3, "medusa": _medusa, "mtp": _mtp}[kind](parser)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from autospec.errors import CheckpointError, OptionError
+from autospec.errors import OptionError
 from autospec.heads.checkpoint import save_head
 from autospec.heads.mtp_write import save_mtp
-from autospec.loading import check_causal_lm, load_model
+from autospec.loading import check_causal_lm, load_model, tokenizer_of
 from autospec.model_zoo.bundled import resolve
 from autospec.training.data import join, make_rows, read_documents, split, token_counts, write_rows
 from autospec.training.eagle3 import Eagle3Loss, Eagle3Shape, choose_draft_vocabulary, new_head
@@ -118,19 +118,9 @@ def _check(asked: TrainingOptions) -> None:
         raise OptionError("there is no CUDA device", at="--device", where="autospec train", help="leave --device out")
 
 
-def _tokenizer(asked: TrainingOptions) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(resolve(asked.model))
-    except (OSError, ValueError) as error:
-        raise CheckpointError("the model's tokenizer cannot be loaded", at=asked.model, where="autospec train",
-                              help=f"text needs one: {(str(error).splitlines() or [''])[0]:.120}") from error  # fmt: skip
-
-
 def _rows(kind: str, asked: TrainingOptions, model: Any) -> tuple[Rows, Rows]:
     """Rows to train on, the target's own among them, and held-out rows."""
-    tokenizer = _tokenizer(asked)
+    tokenizer = tokenizer_of(asked.model, "autospec train")
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and asked.length > limit:
         raise OptionError(f"--length must be at most the {limit} positions of the model, got {asked.length}", at="--length",

@@ -13,15 +13,17 @@ import torch
 from harness.models import captured, model
 from harness.programs import CHOICES, DRAFTERS
 from harness.text import char_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import fx
 
 from autospec import bench
 from autospec.api import Limits, OptimizedModel
-from autospec.benching import picture, record, steps, sweep, text
+from autospec.benching import grid, picture, record, steps, sweep, text
 from autospec.benching.results import Parts, Run
 from autospec.cli import main
 from autospec.config import DraftTargetConfig, Eagle3Config, MTPConfig, NGramConfig
-from autospec.errors import AutospecError, CheckpointError, OptionError
+from autospec.errors import AutospecError, CapacityError, CheckpointError, OptionError
 from autospec.kernels.build_dynamic_tree import build_dynamic_tree
 from autospec.trees import chain, dynamic_tree, static_tree
 
@@ -82,13 +84,19 @@ def test_several_drafters_at_once(folder: Path, capsys: pytest.CaptureFixture[st
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
     names = ["ngram, chain of 3", "static tree of 3 nodes, 2 levels", "dynamic tree of 6 nodes, 3 levels, top 2", "auto, up to"]
     assert all(name in printed for name in names)
-    assert [one["speculation"] for one in found["runs"]] == [None, "ngram", near, near, "auto"]
+    baseline, *runs = found["runs"]
+    assert [one["speculation"] for one in runs] == [None, "ngram", near, near, "auto"]
     assert all(one["is_identical"] for one in found["runs"])
-    static, dynamic = found["runs"][2:4]
+    for one in found["runs"]:
+        for times in (one["step_seconds_percentiles"], one["first_token_seconds"]):
+            assert 0 < times["50"] <= times["90"] <= times["99"]
+    assert baseline["name"] == "transformers generate"
+    assert runs[1]["speed_up_over_transformers"] == pytest.approx(runs[1]["tokens_per_second"] / baseline["tokens_per_second"])
+    static, dynamic = runs[2:4]
     assert static["acceptance"]["mean_acceptance_length"] > 1.5
     assert {tuple(one["place"]) for one in static["nodes"]} == {(0,), (1,), (0, 0)}
     assert {tuple(one["place"]) for one in dynamic["nodes"]} <= {(d, r) for d in (1, 2, 3) for r in (0, 1)}
-    for one in found["runs"]:
+    for one in runs:
         times = one["step_seconds"]
         assert times["step"] == pytest.approx(times["verify"] + times["draft"] + times["glue"])
         assert times["glue"] > 0
@@ -103,15 +111,60 @@ def test_sampled_tokens_are_those_of_plain_decoding(folder: Path) -> None:
 def test_tokens_that_differ_exit_with_1(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    timed = bench.time_runs
+    timed = bench.in_turn
 
-    def wrong(runs: Any, *rest: Any) -> None:
-        timed(runs, *rest)
-        runs[1].outputs[0][-1] += 1
+    def wrong(contenders: Any, *rest: Any) -> Any:
+        found = timed(contenders, *rest)
+        (number,) = [i for i, one in enumerate(contenders) if one.name == planted]
+        found[number][0].outputs[0][-1] += 1
+        return found
 
-    monkeypatch.setattr(bench, "time_runs", wrong)
-    assert main(command(folder, "--speculation", "ngram")) == 1
-    assert re.search(r"ngram, chain of 8 .* NO ", capsys.readouterr().out)
+    monkeypatch.setattr(bench, "in_turn", wrong)
+    monkeypatch.setattr(grid, "in_turn", wrong)
+    for planted in ("ngram, chain of 8", "transformers generate"):
+        assert main(command(folder, "--speculation", "ngram")) == 1
+        assert re.search(rf"{planted} .* NO( |$)", capsys.readouterr().out, re.MULTILINE)
+    planted = "ngram, chain of 8"
+    assert main(command(folder, "--speculation", "ngram", "--batch-sizes", "2")) == 1
+    assert re.search(rf"{planted} .* NO ", capsys.readouterr().out)
+
+
+def test_by_batch_size_and_prompt_length(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens of transformers, plain decoding and a drafter are the same in every cell."""
+    out = folder / "grid.json"
+    words = ["--batch-sizes", "1,3", "--prompt-lengths", "5", "--speculation", "ngram", "--json", str(out)]
+    assert main(command(folder, *words, "--picture", str(folder / "grid.png"))) == 0
+    printed, runs = capsys.readouterr().out, json.loads(out.read_text())["runs"]
+    assert [(one["batch_size"], one["prompt_length"]) for one in runs] == [(1, 5)] * 3 + [(3, 5)] * 3
+    assert "batch 3, prompts of 5 tokens" in printed
+    assert all(one["is_identical"] for one in runs)
+    assert all(one["first_token_seconds"]["50"] > 0 < one["step_seconds_percentiles"]["50"] for one in runs)
+    assert runs[4]["speed_up"] == 1.0
+    assert runs[5]["acceptance"]["mean_acceptance_length"] > 1
+    assert (folder / "grid.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_synthetic_acceptance_is_what_was_asked_for_and_said_to_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--acceptance", "1,1,0", "--speculation", f"draft:{folder / 'near'}", "--max-draft-len", "3", "--without-transformers",
+             "--json", str(folder / "synthetic.json")]  # fmt: skip
+    assert main(command(folder, *words)) == 0
+    plain, drafted = json.loads((folder / "synthetic.json").read_text())["runs"]
+    assert plain["synthetic_acceptance_length"] is None
+    assert drafted["is_identical"] is None
+    assert drafted["synthetic_acceptance_length"] == 3
+    assert drafted["acceptance"]["per_depth"] == [pytest.approx(1, abs=0.2), pytest.approx(1, abs=0.2), 0]
+    assert re.search(r"synthetic 3.00 .* synthetic ", capsys.readouterr().out)
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5), st.integers(1, 7), st.integers(1, 9))
+def test_batches_hold_every_prompt_and_prompts_the_text_behind_it(prompts: list[list[int]], batch: int, length: int) -> None:
+    whole = grid.batches_of(prompts, batch, None)
+    assert all(len(rows) == batch for rows in whole)
+    assert [row for rows in whole for row in rows][: len(prompts)] == prompts
+    cut = [row for rows in grid.batches_of(prompts, batch, length) for row in rows]
+    for number, prompt in enumerate(prompts):
+        assert len(cut[number]) == length
+        assert cut[number][: len(prompt)] == prompt[:length]
 
 
 def test_options_of_a_draft_belong_to_the_drafter_before_them() -> None:
@@ -311,7 +364,11 @@ def test_prompts_of_every_kind(folder: Path, tmp_path: Path) -> None:
         (["--new-tokens", "1"], "at least 2"),
         (["--repeats", "0"], "at least 1"),
         (["--temperature", "-1"], "must not be negative"),
-        (["--device", "abacus"], "cannot be moved"),
+        (["--device", "abacus"], "there is no device 'abacus'"),
+        (["--batch-sizes", "2", "--prompt-lengths", "4000"], "do not fit, a row holds"),
+        (["--batch-sizes", "1", "--sweep-tree", "--speculation", "ngram"], "one at a time"),
+        (["--acceptance", "2.5", "--speculation", "auto"], "auto chooses its own"),
+        (["--acceptance", "0.2,0.5", "--speculation", "ngram"], "the acceptance rises"),
         (["--speculation", "auto", "--sweep-tree"], "whose budget can be chosen"),
         (["--speculation", "ngram", "--eagle-choices", "[[0]]"], "needs a drafter that takes it"),
         (["--json", "no-such-folder/out.json"], "no folder"),
@@ -325,7 +382,8 @@ def test_refusals(
     (tmp_path / "bad.jsonl").write_text('{"input_ids": [1, "b"]}\n')
     (tmp_path / "empty.txt").write_text("\n")
     monkeypatch.chdir(tmp_path)
-    error = refused(OptionError, lambda: bench.run(command(folder, *words)[1:]))
+    kind = CapacityError if "do not fit" in message else OptionError
+    error = refused(kind, lambda: bench.run(command(folder, *words)[1:]))
     assert message in str(error)
 
 

@@ -23,6 +23,36 @@ def test_all_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "message", "help"),
+    [
+        ([], "the following arguments are required: COMMAND", "autospec --help shows an example"),
+        (["generat", "x"], "COMMAND must be one of demo, generate,", "did you mean 'generate'?"),
+        (["generate", "m"], "the following arguments are required: --prompt", "autospec generate --help shows an example"),
+        (["generate", "m", "--prompt", "x", "--max-new-tokns=4"], "has no option '--max-new-tokns'", "mean '--max-new-tokens'?"),
+        (["generate", "m", "--prompt", "x", "--max-new-tokens", "many"], "--max-new-tokens: invalid int value: 'many'", "example"),
+        (["generate", "m", "--prompt", "def", "add"], "takes no further word, got 'add'", "in quotes"),
+        (["explain", "m", "--compile", "eagr"], "--compile must be one of inductor, eager, aot", "did you mean 'eager'?"),
+        (["train"], "the following arguments are required: HEAD", "an example"),
+        (["train", "eagle3", "m", "--data", "x", "--out", "y", "--stps", "3"], "train eagle3 has no option '--stps'", "'--steps'?"),
+        (["bench", "--batch-sizes", "0", "m"], "'0' is no list of positive numbers", "an example"),
+        (["zoo", "--types", "lama"], "autospec zoo has no model type 'lama'", "did you mean 'llama'?"),
+        (["run", "fold-nops", "m"], "autospec run has no pass 'fold-nops'", "did you mean 'fold-noops'?"),
+        (["run", "fold-noops{x=1}", "m"], "fold-noops has no option 'x'", "it takes no option"),
+        (["demo", "--repeats", "0"], "--repeats must be at least 1", "leave it out"),
+        (["demo", "--device", "abacus"], "there is no device 'abacus'", "cpu always works"),
+        (["check-draft", "m"], "the following arguments are required: head", "an example"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_words_that_no_verb_takes(words: list[str], message: str, help: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == ["at", "in", "help"]
+    assert help in lines[-1]
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--speculation", "eagle3:bundled:eagle3", "--eagle-choices", "[[0]"], "--eagle-choices is no JSON"),

@@ -1,0 +1,199 @@
+"""By batch size and prompt length: tokens/s, percentiles of a step and of the first token, of everyone who decodes.
+
+Prompts of a given length are cut from the prompts' own text, each starting where its own prompt starts. Every row gets all
+its new tokens: no eos ends it. Calls take turns (`autospec.benching.contenders`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from autospec.benching.contenders import TRANSFORMERS, Batch, Contender, Timed, in_turn, percentiles
+from autospec.errors import CapacityError
+
+WITHOUT_END = {"eos_token_id": -1, "pad_token_id": 0}
+PLAIN = "plain"
+DIFFERS = "some tokens differ; in bfloat16 and float16 a near-tie can flip when a shape changes"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender in one cell.
+
+    Args:
+        timed: by batch of prompts.
+        equals: whether its tokens are those of the first who must emit the same; None: nobody says what they should be.
+        asked_length: mean acceptance length of a synthetic profile; None: the target decides.
+    """
+
+    name: str
+    timed: list[Timed]
+    equals: bool | None
+    asked_length: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(len(row) for one in self.timed for row in one.outputs) / sum(one.seconds for one in self.timed)
+
+    @property
+    def step(self) -> dict[str, float]:
+        """Seconds of a step, by percentile."""
+        return percentiles([seconds for one in self.timed for seconds in one.steps])
+
+    @property
+    def first_token(self) -> dict[str, float]:
+        """Seconds to the first token, by percentile."""
+        return percentiles([seconds for one in self.timed for seconds in one.first_tokens])
+
+    @property
+    def per_depth(self) -> list[float]:
+        """Acceptance by depth; [] where nothing was drafted."""
+        counted = [one.metrics for one in self.timed if one.metrics is not None]
+        rows = sum(one.row_steps for one in counted)
+        depths = itertools.zip_longest(*(one.reached for one in counted), fillvalue=0)
+        return [sum(depth) / rows for depth in depths] if rows else []
+
+    @property
+    def length(self) -> float | None:
+        return 1 + sum(self.per_depth) if self.per_depth else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One batch size and prompt length; `prompt_len` None: the prompts as they are."""
+
+    batch: int
+    prompt_len: int | None
+    results: list[Result]
+
+    @property
+    def name(self) -> str:
+        return f"batch {self.batch}, " + (f"prompts of {self.prompt_len} tokens" if self.prompt_len else "prompts as given")
+
+    def speed(self, name: str) -> float | None:
+        """Tokens/s of the contender of this name, if it took part."""
+        return next((one.tokens_per_second for one in self.results if one.name == name), None)
+
+
+def measure(
+    contenders: Sequence[Contender], prompts: Batch, cells: Sequence[tuple[int, int | None]], options: Mapping[str, Any],
+    repeats: int, synthetic: Mapping[str, float] | None = None,
+) -> list[Cell]:  # fmt: skip
+    """Every contender in every cell.
+
+    Args:
+        cells: batch sizes and prompt lengths.
+        synthetic: asked acceptance lengths of contenders whose tokens mean nothing, by name.
+    """
+    told, found = synthetic or {}, []
+
+    def means_something(name: str) -> bool:
+        """Whether the tokens must be those of the others: sampled tokens of transformers come from another stream."""
+        return name not in told and not (options["do_sample"] and name == TRANSFORMERS)
+
+    for batch, length in tqdm(cells, desc="cells", leave=False):
+        batches = batches_of(prompts, batch, length)
+        for one in tqdm(contenders, desc="compiling", leave=False):
+            one.sample(batches[0], {**options, **WITHOUT_END})
+        timed = in_turn(contenders, tqdm(batches, desc="decoding", leave=False), {**options, **WITHOUT_END}, repeats)
+        outputs = {one.name: [of.outputs for of in by_batch] for one, by_batch in zip(contenders, timed, strict=True)}
+        alike = [of for name, of in outputs.items() if means_something(name)]
+        found.append(Cell(batch, length, [
+            Result(one.name, by_batch, outputs[one.name] == alike[0] if means_something(one.name) and len(alike) > 1 else None,
+                   told.get(one.name))
+            for one, by_batch in zip(contenders, timed, strict=True)
+        ]))  # fmt: skip
+    return found
+
+
+def batches_of(prompts: Batch, batch: int, length: int | None) -> list[list[list[int]]]:
+    """All prompts in batches of this size, of this length; the last one is filled from the start."""
+    rows = [list(one) for one in prompts]
+    if length is not None:
+        text = [token for one in rows for token in one]
+        starts = itertools.accumulate((len(one) for one in rows), initial=0)
+        rows = [list(itertools.islice(itertools.cycle(text), start, start + length)) for start in list(starts)[:-1]]
+    count = -(-len(rows) // batch)
+    endless = itertools.cycle(rows)
+    return [list(itertools.islice(endless, batch)) for _ in range(count)]
+
+
+def check_room(prompts: Batch, cells: Sequence[tuple[int, int | None]], new_tokens: int, room: int, where: str) -> None:
+    """Raise CapacityError where a prompt and its new tokens do not fit in a row."""
+    longest = max(length or max(map(len, prompts)) for _, length in cells)
+    if longest + new_tokens > room:
+        raise CapacityError(f"prompts of {longest} tokens with {new_tokens} new ones do not fit, a row holds {room}",
+                            at=f"--new-tokens {new_tokens}", where=where,
+                            help="lower --new-tokens or --prompt-lengths, or export with a larger --max-length")  # fmt: skip
+
+
+def report(cells: Sequence[Cell], title: Mapping[str, Any], json_file: Path | None, picture: Path | None) -> int:
+    """Print and save; 0 if all tokens that must be the same are."""
+    from autospec.benching.grid_picture import draw
+
+    print("\n" + table(cells))
+    if json_file is not None:
+        json_file.write_text(json.dumps({**title, "runs": as_json(cells)}, indent=1) + "\n")
+    if picture is not None:
+        draw(cells, ", ".join(str(title[name]) for name in ("model", "dtype", "device", "torch", "compile")), picture)
+        print(f"\npicture: {picture}")
+    is_identical = all(one.equals is not False for cell in cells for one in cell.results)
+    if not is_identical:
+        print("\n" + DIFFERS)
+    return 0 if is_identical else 1
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """One block a cell, one line a contender."""
+    width = max(len(one.name) for cell in cells for one in cell.results) + 1
+    lines: list[str] = []
+    for cell in cells:
+        speeds = {f"vs {name.split()[0]}": cell.speed(name) for name in (TRANSFORMERS, PLAIN)}
+        columns = [name for name, speed in speeds.items() if speed is not None]
+        lines += [
+            "", cell.name,
+            f"{'':<{width}} {'tokens/s':>9}" + "".join(f" {name:>15}" for name in columns)
+            + f" {'identical':>10} {'accepted':>9}   {'step ms p50, p90, p99':<26} {'first token ms p50, p90, p99':<28}",
+        ]  # fmt: skip
+        for one in cell.results:
+            ratios = "".join(f" {one.tokens_per_second / (speeds[name] or 1):>14.2f}x" for name in columns)
+            same = {True: "yes", False: "NO", None: ""}[one.equals] if one.asked_length is None else "synthetic"
+            length = "" if one.length is None else f"{one.length:.2f}"
+            lines.append(
+                f"{one.name:<{width}} {one.tokens_per_second:>9.1f}{ratios} {same:>10} {length:>9}   "
+                f"{spread(one.step):<26} {spread(one.first_token):<28}".rstrip()
+            )
+    return "\n".join(lines[1:])
+
+
+def spread(found: Mapping[str, float]) -> str:
+    """Percentiles in milliseconds."""
+    return "  ".join(f"{1000 * seconds:>6.2f}" for seconds in found.values())
+
+
+def as_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One run a contender and cell; seconds, shares, tokens per second."""
+    return [
+        {
+            "name": one.name if len(cells) == 1 else f"{one.name}, {cell.name}",
+            "batch_size": cell.batch, "prompt_length": cell.prompt_len,
+            "tokens_per_second": one.tokens_per_second,
+            "speed_up": _ratio(one, cell, PLAIN), "speed_up_over_transformers": _ratio(one, cell, TRANSFORMERS),
+            "is_identical": one.equals, "synthetic_acceptance_length": one.asked_length,
+            "acceptance": {"mean_acceptance_length": one.length, "per_depth": one.per_depth},
+            "step_seconds_percentiles": one.step, "first_token_seconds": one.first_token, "step_seconds": None,
+        }
+        for cell in cells for one in cell.results
+    ]  # fmt: skip
+
+
+def _ratio(one: Result, cell: Cell, name: str) -> float | None:
+    speed = cell.speed(name)
+    return None if speed is None else one.tokens_per_second / speed

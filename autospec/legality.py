@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from autospec.capture import (
-    compare_logits,
+    check_logits,
     eager_logits,
     example_inputs,
     probe_token_mixing,
@@ -81,16 +81,19 @@ def check_captured(
         return
     for shape in ((3, 7), (1, 13)):
         ids, positions = example_inputs(model, shape, seed=shape[1])
-        try:
-            expected = eager_logits(model, ids, positions)
-            got = run_captured(graph, weights, ids, positions)
-        except Exception as error:
-            raise CaptureError(
-                f"model or graph does not run at batch {shape[0]}, length {shape[1]}: {type(error).__name__}: {error}"[:250],
-                where=name, help="the model's Python code loops over its tokens, or fixes a size that export did not notice",
-            ) from error  # fmt: skip
-        compare_logits(name, got, expected, f"the captured graph differs from the model at batch {shape[0]}, length {shape[1]}",
-                 "the model does something with its shapes that export did not keep")  # fmt: skip
+
+        def both(_: Tensor | None, ids: Tensor = ids, positions: Tensor = positions) -> tuple[Tensor, Tensor]:
+            try:
+                return run_captured(graph, weights, ids, positions), eager_logits(model, ids, positions)
+            except Exception as error:
+                raise CaptureError(
+                    f"model or graph does not run at batch {ids.shape[0]}, length {ids.shape[1]}: {type(error).__name__}: "
+                    f"{error}"[:250], where=name,
+                    help="the model's Python code loops over its tokens, or fixes a size that export did not notice",
+                ) from error  # fmt: skip
+
+        check_logits(name, both, f"the captured graph differs from the model at batch {shape[0]}, length {shape[1]}",
+                     "the model does something with its shapes that export did not keep")  # fmt: skip
     probe_token_mixing(
         name, lambda ids, positions: run_captured(graph, weights, ids, positions, token_local),
         example_inputs(model, (2, 11), seed=11), special_tokens(model),
@@ -163,9 +166,25 @@ def _computes_with_size(node: fx.Node) -> bool:
 
 def check_cached(model: Any) -> None:
     """Raise CaptureError if transformers' own cached decoding differs from its uncached forward: one of them is wrong."""
-    name = type(model).__name__
     ids, positions = example_inputs(model, (2, 9), seed=9)
-    expected = eager_logits(model, ids, positions)
+    cached = cached_logits(model, ids, positions)
+    if cached is None:
+        return
+
+    def both(cached: Tensor | None) -> tuple[Tensor, Tensor]:
+        again = cached_logits(model, ids, positions) if cached is None else cached
+        assert again is not None, "a model decoded with its cache once, and not again"
+        return eager_logits(model, ids, positions), again
+
+    check_logits(
+        type(model).__name__, both, "transformers' cached decoding differs from its uncached forward",
+        "a bug in the model's cache: generate(use_cache=False) and generate() give different texts",
+        cached,
+    )  # fmt: skip
+
+
+def cached_logits(model: Any, ids: Tensor, positions: Tensor) -> Tensor | None:
+    """Logits of 9 tokens decoded as 6, 1, 1 and 1 with the model's own cache; None: it has none, and generate goes without."""
     takes_positions = takes_position_ids(model)
     got: list[Tensor] = []
     cache = None
@@ -176,14 +195,10 @@ def check_cached(model: Any) -> None:
                 out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **options)
             cache = out.past_key_values
             got.append(out.logits)
-    except Exception:  # a model without a cache of its own: generate does without, too
-        return
-    if any(part.shape[1] != width for part, width in zip(got, (6, 1, 1, 1), strict=True)):
-        return
-    compare_logits(
-        name, torch.cat(got, dim=1), expected, "transformers' cached decoding differs from its uncached forward",
-        "a bug in the model's cache: generate(use_cache=False) and generate() give different texts",
-    )  # fmt: skip
+    except Exception:
+        return None
+    is_stepwise = all(part.shape[1] == width for part, width in zip(got, (6, 1, 1, 1), strict=True))
+    return torch.cat(got, dim=1) if is_stepwise else None
 
 
 def rows_of_tables(graph: fx.GraphModule) -> int | None:
@@ -237,16 +252,20 @@ def probe_split_invariance(name: str, model: Any, graph: fx.GraphModule, weights
     whole = run_captured(graph, weights, ids, positions, token_local)
     for rows, start, end in ((2, 0, 5), (2, 5, 12), (2, 7, 8), (1, 9, 10)):
         part = (slice(0, rows), slice(start, end))
-        try:
-            got = run_captured(graph, weights, ids[part].contiguous(), positions[part].contiguous(), token_local)
-        except Exception as error:
-            raise CaptureError(
-                f"tokens {start} to {end - 1} cannot be decoded alone: {type(error).__name__}: {error}"[:300], where=name,
-                help="something outside attention needs the tokens before them",
-            ) from error  # fmt: skip
-        compare_logits(
-            name, got, whole[part],
-            f"tokens {start} to {end - 1} decoded alone differ from the same tokens in the whole sequence",
+
+        def both(whole: Tensor | None, part: tuple[slice, slice] = part) -> tuple[Tensor, Tensor]:
+            whole = run_captured(graph, weights, ids, positions, token_local) if whole is None else whole
+            try:
+                got = run_captured(graph, weights, ids[part].contiguous(), positions[part].contiguous(), token_local)
+            except Exception as error:
+                raise CaptureError(
+                    f"tokens {part[1].start} to {part[1].stop - 1} cannot be decoded alone: {type(error).__name__}: "
+                    f"{error}"[:300], where=name, help="something outside attention needs the tokens before them",
+                ) from error  # fmt: skip
+            return got, whole[part]
+
+        check_logits(
+            name, both, f"tokens {start} to {end - 1} decoded alone differ from the same tokens in the whole sequence",
             "something outside attention counts positions itself or depends on how many tokens there are (an internal "
-            "arange, an expert capacity); it cannot be decoded step by step",
+            "arange, an expert capacity); it cannot be decoded step by step", whole,
         )  # fmt: skip

@@ -55,6 +55,8 @@ class MTPHead(nn.Module):
         self.embed_tokens = target.get_input_embeddings()
         self.lm_head = target.get_output_embeddings()
         self.rotary_emb = target.get_decoder().rotary_emb
+        by_layer = isinstance(getattr(self.rotary_emb, "rope_type", None), dict)
+        self._rotary_kind = ("full_attention",) if by_layer else ()  # where it differs by kind of layer
         self.depths = nn.ModuleList(modules)
         self.report: HeadReport | None = None  # where it was loaded from
 
@@ -88,7 +90,8 @@ class MTPHead(nn.Module):
         embeds = (module.embed_tokens or self.embed_tokens)(input_ids).to(hidden.dtype)
         parts = [module.embed_norm(embeds), module.hidden_norm(hidden)]
         x = module.proj(torch.cat(parts if self.layout.is_embedding_first else parts[::-1], dim=-1))
-        out = module.block(x, position_embeddings=self.rotary_emb(x, position_ids), position_ids=position_ids)
+        rotary = self.rotary_emb(x, position_ids, *self._rotary_kind)
+        out = module.block(x, position_embeddings=rotary, position_ids=position_ids)
         out = out[0] if isinstance(out, tuple) else out
         normed = module.norm(out)
         return normed, normed if self.layout.recycles_normed else out

@@ -42,7 +42,7 @@ def _attend(
     if given or attention_mask is not None:
         raise _refusal(f"attention with {given[0] if given else 'a mask of its own'} cannot be unrolled", type(module).__name__)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return module.unrolled(id(module), query, key, value, scale), None
+    return module.unrolled(id(module), query, key, value, scale).contiguous(), None
 
 
 def _refusal(rule: str, where: str) -> CheckpointError:
@@ -126,8 +126,8 @@ def _try(head: MTPHead, target: Target) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _refusal(f"the layer cannot be run by itself: {type(error).__name__}: {reason:.160}",
                        type(target.model).__name__) from error  # fmt: skip
-    if not attention.seen:
-        raise _refusal("the layer does not attend through transformers' interface", type(target.model).__name__)
+    if [len(passes) for passes in attention.seen.values()] != [1]:
+        raise _refusal("the layer does not attend once through transformers' interface", type(target.model).__name__)
 
 
 def unroll(head: MTPHead, attention: UnrolledAttention) -> None:

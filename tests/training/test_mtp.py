@@ -28,7 +28,11 @@ from autospec.training.unrolled import UnrolledAttention
 
 STEPS = 4
 OVER_ANCESTORS = UnrolledAttention.over_ancestors
-KINDS = {"llama": ("llama", {}), **{kind: (w.family, w.config(LAYERS)) for kind, w in WRITINGS.items()}}
+KINDS = {
+    "llama": ("llama", {}),
+    "olmo3": ("olmo3", {"layer_types": ["sliding_attention", "full_attention"]}),
+    **{kind: (w.family, w.config(LAYERS)) for kind, w in WRITINGS.items()},
+}
 
 
 def new_loss(kind: str, modules: int = 1, steps: int = STEPS) -> MTPLoss:
@@ -92,7 +96,7 @@ def largest_difference(loss: MTPLoss, folder: Path, modules: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "modules"), [("llama", 1), ("deepseek_v3", 1), ("deepseek_v3", 2), ("qwen3_next", 2), ("mimo", 3)]
+    ("kind", "modules"), [("llama", 1), ("olmo3", 2), ("deepseek_v3", 1), ("deepseek_v3", 2), ("qwen3_next", 2), ("mimo", 3)]
 )
 def test_what_is_trained_and_saved_drafts_as_it_was_taught(kind: str, modules: int, tmp_path: Path) -> None:
     loss = new_loss(kind, modules)
@@ -186,6 +190,7 @@ def test_labels_that_are_late_by_one_are_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("family", "config", "rule"), [
     ("gpt2", {}, "the target has no layers, norm, rotary_emb"),
     ("gpt_oss", {"layer_types": ["full_attention"] * 2, "num_local_experts": 2}, "attention with s_aux cannot be unrolled"),
+    ("diffllama", {}, "the layer does not attend once through transformers' interface"),
     ("mistral", {"sliding_window": 7}, "attention with sliding_window cannot be unrolled"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_at_once(family: str, config: dict[str, Any], rule: str) -> None:

@@ -108,7 +108,8 @@ NARROW: dict[str, Any] = {
     "bias": lambda: torch.randn(128).bfloat16(), "norm_weight": lambda: torch.rand(128).bfloat16(), "squares": lambda: None,
     "next_norm": lambda: torch.rand(64).bfloat16(), "residual": lambda: torch.randn(B, N, 64).bfloat16(),
 }
-ON_A_GPU = {"fused_linear": NARROW, "fused_linear_normed": NARROW}
+FULL = {"kv_lens": lambda: torch.full((B,), PAGES * P - N, dtype=torch.int32), "q_lens": lambda: None}  # nothing is unspecified
+ON_A_GPU = {"fused_linear": NARROW, "fused_linear_normed": NARROW, "dsa_indexer_logits": FULL}
 
 OPS = load_all()
 

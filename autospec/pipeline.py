@@ -120,13 +120,13 @@ def understand_head() -> list[Stage]:
     return [Stage("understand", [RecognizeMla(), TagRoles()])]
 
 
-def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False) -> list[Stage]:
+def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False, reads_prompt: bool = False) -> list[Stage]:
     """Static shapes and paged caches; what target and draft have in common."""
     return [
         Stage("specialise", [SpecializeShapes(batch_size=shape.batch_size, q_len=q_len), FoldNoops()]),
         Stage("cache", [
             PageLatentCache(page_size=shape.page_size, num_pages=shape.num_pages, pages_per_row=shape.pages_per_row,
-                            is_length_given=is_length_given),
+                            is_length_given=is_length_given, reads_prompt=reads_prompt),
             PageKvCache(page_size=shape.page_size, num_pages=shape.num_pages, pages_per_row=shape.pages_per_row,
                         is_length_given=is_length_given),
         ]),
@@ -157,7 +157,7 @@ def draft_level(shape: Shape, rows: int, layer_idx_offset: int) -> list[Stage]:
 def draft_prefill(shape: Shape, layer_idx_offset: int) -> list[Stage]:
     """An external draft model where it reads the prompt."""
     return [
-        *specialise(shape, shape.prefill_len, is_length_given=True),
+        *specialise(shape, shape.prefill_len, is_length_given=True, reads_prompt=True),
         Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset)]),
     ]
 
@@ -165,7 +165,7 @@ def draft_prefill(shape: Shape, layer_idx_offset: int) -> list[Stage]:
 def head_catch_up(shape: Shape, rows: int, layer_idx_offset: int) -> list[Stage]:
     """A draft head where it reads the target's features of the tokens that were committed."""
     return [
-        *specialise(shape, rows, is_length_given=True),
+        *specialise(shape, rows, is_length_given=True, reads_prompt=rows == shape.prefill_len),
         Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset),
                             GatherLogits(given_for=shape.batch_size), spare(shape, rows)]),
     ]  # fmt: skip
@@ -174,7 +174,7 @@ def head_catch_up(shape: Shape, rows: int, layer_idx_offset: int) -> list[Stage]
 def head_fill(shape: Shape, rows: int, layer_idx_offset: int) -> list[Stage]:
     """A further module of a head on the same rows: nothing that it computes but its K/V is read."""
     return [
-        *specialise(shape, rows, is_length_given=True),
+        *specialise(shape, rows, is_length_given=True, reads_prompt=rows == shape.prefill_len),
         Stage("speculate", [OffsetDraftLayers(layer_idx_offset=layer_idx_offset)]),
     ]
 
@@ -201,7 +201,7 @@ def prefill(shape: Shape, facts: ModelFacts, speculation: Speculation, draft: Dr
     """A chunk of every prompt; where a prompt ends, its first token and the first draft."""
     sizes = state_shape(shape, facts)
     return [
-        *specialise(shape, shape.prefill_len),
+        *specialise(shape, shape.prefill_len, reads_prompt=True),
         Stage("widen", [
             *taps(draft),
             FeedPrompt(batch_size=shape.batch_size, q_len=shape.prefill_len, token_room=shape.token_room,

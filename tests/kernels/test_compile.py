@@ -174,6 +174,17 @@ def test_paged_mla_compiles(monkeypatch, name):
     assert kernels[0] == "attend_latents"
 
 
+@pytest.mark.parametrize(("dims", "page", "dtype"), [((128, 128), 64, torch.bfloat16), ((192, 256), 16, torch.float16),
+                                                      ((128, 128), 64, torch.float32)])  # fmt: skip
+def test_expand_latent_compiles(monkeypatch, dims, page, dtype):
+    """DeepSeek-V3's and GLM-4.7-Flash's heads."""
+    weight = torch.zeros(20, sum(dims), 512, dtype=dtype)
+    pages = torch.zeros(9, page, 576, dtype=dtype)
+    kernels = compile_call(monkeypatch, "expand_latent", "expand_latent_triton", pages, ints(2, 64), ints(2), weight[:, : dims[0]],
+                           weight[:, dims[0] :], 512)  # fmt: skip
+    assert kernels == ["expand_rows"]
+
+
 DSA: dict[str, tuple[str, Any]] = {
     "index scores": ("score_slots", lambda: (
         "dsa_indexer_logits", torch.zeros(2, 4, 64, 128).bfloat16(), torch.zeros(2, 4, 64), torch.zeros(9, 64, 128).bfloat16(),

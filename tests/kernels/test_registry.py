@@ -97,6 +97,7 @@ SPECIAL = {
     },
     "grouped_mm": {"weight": lambda: torch.randn(3, 7, 6)},
     "experts": {"x": lambda: torch.randn(6, 7)},
+    "expand_latent": {"q_len": lambda: N},
     "latent_attention": {"q_rope": lambda: torch.randn(B, HQ, N, 4)},
     "commit_prompt": {
         "target_tokens": lambda: integers(V, B, 1), "kv_lens": lambda: torch.tensor([1, 3], dtype=torch.int32)

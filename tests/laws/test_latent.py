@@ -138,6 +138,10 @@ def _siblings_visible(op: Any, *args: Any, **kwargs: Any) -> Any:
     return op(*args, **kwargs)
 
 
+def _other_pages(op: Any, latent_pages: Tensor, page_table: Tensor, *args: Any) -> Any:
+    return op(latent_pages, page_table.roll(1, 1), *args)
+
+
 def _not_moved(op: Any, *args: Any) -> None:
     return None
 
@@ -146,6 +150,7 @@ PLANTS = [
     (Plant("rows written one slot late", "append_latent", _shifted(4, 1), ("step",)), latent_draft),
     (Plant("rows read one slot short", "paged_mla", _shifted(4, -1), ("step",)), latent_draft),
     (Plant("rope forgotten", "paged_mla", _rope_forgotten), latent_draft),
+    (Plant("a prompt's pages mixed up", "expand_latent", _other_pages), latent_tree),
     (Plant("parts swapped", "append_latent", _parts_swapped), latent_draft),
     (Plant("siblings visible", "paged_mla", _siblings_visible, ("step",)), latent_nodes),
     (Plant("latents not moved", "compact_kv", _not_moved), latent_tree),

@@ -18,6 +18,7 @@ from autospec.ir.text import graph_text
 from autospec.kernels.append_latent import append_latent
 from autospec.kernels.attention import attention
 from autospec.kernels.compact_kv import compact_kv
+from autospec.kernels.expand_latent import expand_latent
 from autospec.kernels.latent_attention import latent_attention
 from autospec.kernels.paged_mla import paged_mla
 from autospec.passes.fold_noops import FoldNoops
@@ -31,6 +32,7 @@ from autospec.passes.specialize_shapes import SpecializeShapes
 BATCH, PAGE, PAGES_PER_ROW = 2, 4, 8
 SIZES = {"page_size": PAGE, "num_pages": 1 + BATCH * PAGES_PER_ROW, "pages_per_row": PAGES_PER_ROW}
 PAGING = PageLatentCache(**SIZES)
+OF_A_PROMPT = PageLatentCache(**SIZES, reads_prompt=True)
 
 
 @functools.cache
@@ -41,17 +43,56 @@ def captured(num_layers: int = 2) -> tuple[fx.GraphModule, dict[str, Tensor]]:
 
 
 @functools.cache
-def paged(q_len: int, num_layers: int = 2) -> fx.GraphModule:
-    return after(captured(num_layers)[0], SpecializeShapes(batch_size=BATCH, q_len=q_len), FoldNoops(), PAGING)
+def paged(q_len: int, num_layers: int = 2, paging: PageLatentCache = OF_A_PROMPT) -> fx.GraphModule:
+    return after(captured(num_layers)[0], SpecializeShapes(batch_size=BATCH, q_len=q_len), FoldNoops(), paging)
 
 
 def test_text() -> None:
     check_golden("page_latent_cache", graph_text(paged(3, 1)))
 
 
-def test_again_finds_nothing() -> None:
-    assert apply(paged(3), PAGING, PageKvCache(**SIZES))[0].count == 0
-    assert not [slot for slot in slots(paged(3)) if slot.name.startswith(("k_pages", "v_pages"))]
+def test_text_of_many_tokens() -> None:
+    check_golden("page_latent_cache_expanded", graph_text(paged(11, 1)))
+
+
+@pytest.mark.parametrize("q_len", [3, 11])
+def test_again_finds_nothing(q_len: int) -> None:
+    assert apply(paged(q_len), PAGING, PageKvCache(**SIZES))[0].count == 0
+    assert not [slot for slot in slots(paged(q_len)) if slot.name.startswith(("k_pages", "v_pages"))]
+
+
+def multiplications(q_len: int, slots: int, is_expanded: bool) -> int:
+    """Of one head of the toy whose `q_len` query tokens attend to `slots` rows each, the projections included."""
+    dims = Dims()
+    rank, rope, nope, v_width = dims.kv_lora_rank, dims.qk_rope_head_dim, dims.qk_nope_head_dim, dims.v_head_dim
+    if is_expanded:
+        return slots * rank * (nope + v_width) + q_len * slots * (nope + rope + v_width)
+    return q_len * rank * (nope + v_width) + q_len * slots * (2 * rank + rope)
+
+
+def test_the_form_that_multiplies_less_is_taken() -> None:
+    """With many rows committed; the toy's sizes cross over between 10 and 11 tokens."""
+    many = 10**6
+    for q_len in (1, 9, 10, 11, 12, 40):
+        static = after(captured(1)[0], SpecializeShapes(batch_size=BATCH, q_len=q_len), FoldNoops())
+        (record,) = apply(static, OF_A_PROMPT)
+        is_expanded = any(calls(static, expand_latent))
+        assert is_expanded != any(calls(static, paged_mla))
+        assert is_expanded == (multiplications(q_len, many, True) < multiplications(q_len, many, False))
+        few = f"attends in latent space: {q_len} tokens a call are too few to expand for"
+        assert record.details == (f"{'expands keys and values first' if is_expanded else few} x 1",)
+
+
+def test_a_step_attends_to_latents() -> None:
+    assert not any(calls(paged(40, 1, PAGING), expand_latent))
+
+
+def test_what_would_take_too_much_memory_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autospec.passes.page_latent_cache.MOST_EXPANDED", BATCH * 32 * 3 * 11 * 4 - 1)
+    static = after(captured(1)[0], SpecializeShapes(batch_size=BATCH, q_len=20), FoldNoops())
+    (record,) = apply(static, OF_A_PROMPT)
+    assert record.details == ("attends in latent space: expanded rows would take 0.0 GiB x 1",)
+    assert not any(calls(static, expand_latent))
 
 
 def test_symbolic_shapes_are_refused() -> None:
@@ -83,14 +124,14 @@ def state_of(module: fx.GraphModule, generator: torch.Generator) -> dict[str, Te
 
 @settings(max_examples=20)
 @given(
-    splits=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 1000), behind=st.integers(0, 3)
+    splits=st.lists(st.integers(1, 13), min_size=1, max_size=6), seed=st.integers(0, 1000), behind=st.integers(0, 3)
 )
 def test_any_split_equals_the_whole(splits: list[int], seed: int, behind: int) -> None:
-    """What a wider call wrote past the end does no harm."""
+    """What a wider call wrote past the end does no harm; 11 tokens and more are attended to expanded."""
     graph, weights = captured()
     generator = torch.Generator().manual_seed(seed)
     if sum(splits) > PAGE * PAGES_PER_ROW - 9:
-        splits = [9]
+        splits = [13, 6]
     length = sum(splits)
     ids = torch.randint(0, VOCAB, (BATCH, length), generator=generator)
     positions = torch.arange(length).expand(BATCH, -1).contiguous()

@@ -86,6 +86,23 @@ def test_pages_hold_latents_only_and_experts_are_spared() -> None:
         assert all(is_call(node.args[1], aten.masked_fill) for node in found)
 
 
+@pytest.mark.xdist_group("latent deepseek_v3")
+def test_prompts_are_expanded_and_it_matters_what_from() -> None:
+    """The text is that of transformers, and no longer where prefill reads each request's rows from another page."""
+
+    def other_pages(op: Any, latent_pages: Tensor, page_table: Tensor, *args: Any) -> Any:
+        return op(latent_pages, page_table.roll(1, 1), *args)
+
+    model, prompts, _ = target("deepseek_v3")
+    expected, _ = reference_tokens(model, prompts, NEW_TOKENS)
+    fast = optimized("deepseek_v3", "plain")
+    for is_right in (True, False):
+        tokens = fast.generate(prompts, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)[:, max(PROMPT_LENS) :]
+        assert torch.equal(tokens, expected) == is_right
+        if is_right:
+            assert Plant("pages mixed up", "expand_latent", other_pages).apply(fast.program) == model.config.num_hidden_layers
+
+
 @BOTH
 def test_lossless_for_any_draft(workshop: Workshop, sampling: Any) -> None:
     laws.lossless_for_any_draft(workshop, sampling=sampling, target="latent")
@@ -138,10 +155,6 @@ def _siblings_visible(op: Any, *args: Any, **kwargs: Any) -> Any:
     return op(*args, **kwargs)
 
 
-def _other_pages(op: Any, latent_pages: Tensor, page_table: Tensor, *args: Any) -> Any:
-    return op(latent_pages, page_table.roll(1, 1), *args)
-
-
 def _not_moved(op: Any, *args: Any) -> None:
     return None
 
@@ -150,7 +163,6 @@ PLANTS = [
     (Plant("rows written one slot late", "append_latent", _shifted(4, 1), ("step",)), latent_draft),
     (Plant("rows read one slot short", "paged_mla", _shifted(4, -1), ("step",)), latent_draft),
     (Plant("rope forgotten", "paged_mla", _rope_forgotten), latent_draft),
-    (Plant("a prompt's pages mixed up", "expand_latent", _other_pages), latent_tree),
     (Plant("parts swapped", "append_latent", _parts_swapped), latent_draft),
     (Plant("siblings visible", "paged_mla", _siblings_visible, ("step",)), latent_nodes),
     (Plant("latents not moved", "compact_kv", _not_moved), latent_tree),

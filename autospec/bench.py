@@ -74,8 +74,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     made.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     made.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    made.add_argument("--dtype", default=None, choices=DTYPES,
-                      help="of the weights (default: the checkpoint's; float32 for bundled:target)")  # fmt: skip
     made.add_argument("--sweep-tree", action="store_true", help="find the chain length or tree that pays on this machine")
     made.add_argument("--sweep-nodes", type=sizes, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,N,...",
                       help="nodes of the verify steps that are timed (default 1,2,4,8,16,32,64)")  # fmt: skip

@@ -110,6 +110,8 @@ def model_arguments(parser: argparse.ArgumentParser, *, or_artifact: bool = Fals
         help="auto, ngram, none, draft:MODEL for an external draft model, eagle3:HEAD, medusa:HEAD, mtp:HEAD, or mtp for "
         "the modules in the model's own checkpoint (default auto)",
     )
+    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"),
+                        help="of the weights (default: the checkpoint's)")  # fmt: skip
     parser.add_argument("--max-draft-len", type=int, default=None, help="draft tokens per step, or levels of a tree")
     parser.add_argument("--eagle-choices", default=None, metavar="JSON",
                         help="a static draft tree as paths of child ranks, such as [[0],[1],[0,0]]")  # fmt: skip
@@ -191,10 +193,22 @@ def speculation_of(asked: argparse.Namespace) -> Any:
     return None if chosen == "none" else chosen
 
 
+def _model(asked: argparse.Namespace) -> Any:
+    """The model that a verb was given: its folder or hub id, or loaded, where another dtype is asked for."""
+    from autospec.model_zoo.bundled import resolve
+
+    if asked.dtype is None:
+        return resolve(asked.model)
+    import torch
+
+    from autospec.loading import load_model
+
+    return load_model(resolve(asked.model), "model").to(dtype=getattr(torch, asked.dtype))
+
+
 def _optimized(asked: argparse.Namespace) -> Any:
     """The model that a verb was given, optimised just now or loaded from an artifact."""
     from autospec.artifact.manifest import is_artifact
-    from autospec.model_zoo.bundled import resolve
 
     if is_artifact(asked.model):
         fast = _loaded(asked)
@@ -208,7 +222,7 @@ def _optimized(asked: argparse.Namespace) -> Any:
         if asked.compile == "aot":
             raise OptionError("packages belong to an artifact", at="--compile aot", where=asked.model,
                               help=f"run `autospec export {asked.model} --compile aot -o DIR` first")  # fmt: skip
-        fast = optimize(resolve(asked.model), speculation_of(asked), compile=asked.compile or "inductor")
+        fast = optimize(_model(asked), speculation_of(asked), compile=asked.compile or "inductor")
     fast.show_progress = True
     return fast
 
@@ -217,6 +231,9 @@ def _loaded(asked: argparse.Namespace) -> Any:
     from autospec.loaded import load
 
     drafting = ("speculation", "max_draft_len", "eagle_choices", "dynamic_tree_max_topk", "max_total_draft_tokens")
+    if asked.dtype is not None:
+        raise OptionError("an artifact has the dtype it was exported with", at="--dtype", where=asked.model,
+                          help=f"leave it out, or export the model again with --dtype {asked.dtype}")  # fmt: skip
     for name in drafting:
         if getattr(asked, name) is not None:
             option = "--" + name.replace("_", "-")
@@ -227,15 +244,17 @@ def _loaded(asked: argparse.Namespace) -> Any:
 
 def _export(asked: argparse.Namespace) -> int:
     from autospec.api import export
-    from autospec.model_zoo.bundled import resolve
 
+    if asked.dtype is not None and asked.meta:
+        raise OptionError("--meta copies weights as they are stored", at="--dtype", where="autospec export",
+                          help="leave out --meta or --dtype")  # fmt: skip
     try:
         sizes = [int(word) for word in asked.batch_sizes.split(",")]
     except ValueError:
         raise OptionError(f"--batch-sizes must be numbers, got {asked.batch_sizes!r}", at="--batch-sizes",
                           where="autospec export", help="for example --batch-sizes 1,4") from None  # fmt: skip
     path = export(
-        resolve(asked.model), asked.output, speculation_of(asked), batch_sizes=sizes, max_length=asked.max_length,
+        _model(asked), asked.output, speculation_of(asked), batch_sizes=sizes, max_length=asked.max_length,
         sampling={"both": None, "greedy": False, "sampling": True}[asked.decoding], compile=asked.compile,
         overwrite=asked.force, page_size=asked.page_size, meta=asked.meta, progress=True,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from autospec.ir.passes import PassRecord
 from autospec.ir.slots import is_pages
@@ -32,12 +33,47 @@ def explain_text(target: Described, draft: Described | None, program: Program) -
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class KernelRow:
+    """What runs one op in one graph.
+
+    Args:
+        count: calls; 0 where a package hides them.
+        layers: where the op belongs to layers, as `0-3, 7`.
+        refusals: `backend: reason` of implementations that did not take some of the calls.
+    """
+
+    graph: str
+    op: str
+    backend: str
+    count: int
+    layers: str = ""
+    refusals: tuple[str, ...] = ()
+
+
 def kernel_table(program: Program) -> list[str]:
-    """What runs each canonical op, by graph and layer; where Inductor fused a reference, its op is gone."""
+    """What runs each canonical op, by graph and layer, with the refusals; a reason of many is told once."""
+    rows = kernel_rows(program)
+    reasons = [reason for row in rows for reason in row.refusals]
+    shared = [reason for reason in dict.fromkeys(reasons) if reasons.count(reason) > 3]
     lines = ["kernels"]
+    for row in rows:
+        if not row.count:
+            lines.append(f"  {row.graph:<14} packaged: see select-kernels of its .aot graph above")
+            continue
+        where = f"layers {row.layers}" if row.layers else ""
+        lines.append(f"  {row.graph:<14} {row.op:<20} {row.backend:<12} x {row.count:<4} {where}".rstrip())
+        lines += [f"{'':<38} without {reason}" for reason in row.refusals if reason not in shared]
+    return lines + [f"  {reasons.count(reason)} of these without {reason}" for reason in shared]
+
+
+def kernel_rows(program: Program) -> list[KernelRow]:
+    """What runs each canonical op, by graph; where Inductor fused a reference, its op is gone."""
+    rows = []
+    refusals = _kernel_refusals(program.records)
     for graph in program.graphs.values():
         if graph.module is None:
-            lines.append(f"  {graph.name:<14} packaged: see select-kernels of its .aot graph above")
+            rows.append(KernelRow(graph.name, "", "packaged", 0))
             continue
         found: dict[tuple[str, str], list[int | None]] = {}
         for node in graph.module.graph.nodes:
@@ -47,9 +83,19 @@ def kernel_table(program: Program) -> list[str]:
                 found.setdefault((node.target._opname, backend), []).append(node.meta.get("layer"))
         for (op, backend), layers in sorted(found.items()):
             known = sorted({layer for layer in layers if layer is not None})
-            where = f"layers {ranges(known)}" if known else ""
-            lines.append(f"  {graph.name:<14} {op:<20} {backend:<12} x {len(layers):<4} {where}".rstrip())
-    return lines
+            reasons = refusals.get((graph.name, op), ())
+            rows.append(KernelRow(graph.name, op, backend, len(layers), ranges(known), tuple(reasons)))
+    return rows
+
+
+def _kernel_refusals(records: Iterable[PassRecord]) -> dict[tuple[str, str], list[str]]:
+    """`backend: reason` by graph and op, from what select-kernels noted: `op: backend: reason`."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        for refusal in record.refusals if record.name == "select-kernels" else ():
+            op, _, reason = refusal.reason.partition(": ")
+            found.setdefault((record.graph, op), []).append(reason)
+    return found
 
 
 def ranges(numbers: list[int]) -> str:

@@ -57,12 +57,12 @@ def _graph(
         (x, y), (u, v) = at(level, above), at(level + 1, below)
         middle = (x + u) / 2
         parts.append(f'<path d="M{x:.0f} {y:.1f}C{middle:.0f} {y:.1f} {middle:.0f} {v:.1f} {u:.0f} {v:.1f}" fill="none" '
-                     f'stroke="#9fb2c6" stroke-width="1.3" opacity="{0.35 if faint else 0.9}"/>')  # fmt: skip
+                     f'class="edge" stroke-width="1.3" opacity="{0.35 if faint else 0.9}"/>')  # fmt: skip
     for level, count in enumerate(levels):
         for place in range(count):
             x, y = at(level, place)
-            colour = "#14202c" if level == 0 else COLOURS[0]
-            parts.append(f'<circle cx="{x:.0f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour}"/>')
+            colour = 'class="root"' if level == 0 else f'fill="{COLOURS[0]}"'
+            parts.append(f'<circle cx="{x:.0f}" cy="{y:.1f}" r="{radius:.1f}" {colour}/>')
             label = (labels or {}).get((level, place))
             if label and radius >= 6:
                 style = "fill:#fff;font-size:10px"
@@ -73,19 +73,41 @@ def _graph(
     return f'<svg viewBox="0 0 {width} {height:.0f}" style="{style}" role="img" aria-label="draft tree">{"".join(parts)}</svg>'
 
 
-def bars(values: Sequence[tuple[str, float]], unit: str) -> str:
-    """One bar a name, longest scale to the right."""
-    most = max((value for _, value in values), default=0) or 1
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """The colour of each name, the same in every chart."""
+    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(dict.fromkeys(names))}
+
+
+def bars(values: Sequence[tuple[str, float]], unit: str, notes: Sequence[str] = ()) -> str:
+    """One bar a name, from zero, with a note behind each value."""
+    most, shades = max((value for _, value in values), default=0) or 1, colours([name for name, _ in values])
     parts = []
     for row, (name, value) in enumerate(values):
-        y, length = 8 + row * 40, value / most * (_WIDTH - 120)
+        y, length = 8 + row * 40, value / most * (_WIDTH - 170)
+        note = f", {notes[row]}" if notes and notes[row] else ""
         parts.append(f'<text x="0" y="{y + 10}">{escape(name)}</text>'
-                     f'<rect x="0" y="{y + 15}" width="{length:.1f}" height="14" rx="3" fill="{COLOURS[row % len(COLOURS)]}"/>'
-                     f'<text class="soft" x="{length + 8:.1f}" y="{y + 27}">{value:.0f} {escape(unit)}</text>')  # fmt: skip
+                     f'<rect x="0" y="{y + 15}" width="{length:.1f}" height="14" rx="3" fill="{shades[name]}"/>'
+                     f'<text class="soft" x="{length + 8:.1f}" y="{y + 27}">{value:.0f} {escape(unit + note)}</text>')  # fmt: skip
     return _svg("".join(parts), 16 + len(values) * 40, "speed") if values else ""
 
 
-def depth_lines(values: Sequence[tuple[str, Sequence[float]]]) -> str:
+def spreads(values: Sequence[tuple[str, Mapping[str, float]]], shades: Mapping[str, str]) -> str:
+    """Seconds at the 50th, 90th and 99th percentile, one line a name, in milliseconds from zero."""
+    most = max((max(found.values()) for _, found in values), default=0) or 1
+    parts = []
+    for row, (name, found) in enumerate(values):
+        y, at = 8 + row * 40, [8 + seconds / most * (_WIDTH - 230) for seconds in found.values()]
+        told = " / ".join(f"{1000 * seconds:.2f}" for seconds in found.values())
+        level, line = f'y1="{y + 22}" y2="{y + 22}"', f'stroke="{shades[name]}" stroke-width="3"'
+        parts.append(f'<text x="0" y="{y + 10}">{escape(name)}</text>'
+                     f'<line x1="0" x2="{_WIDTH - 222}" {level} class="rule"/>'
+                     f'<line x1="{at[0]:.1f}" x2="{at[-1]:.1f}" {level} {line}/>'
+                     f'<text class="soft" x="{_WIDTH - 212}" y="{y + 26}">{told} ms</text>')  # fmt: skip
+        parts += [f'<circle cx="{x:.1f}" cy="{y + 22}" r="{6 if x == at[0] else 4}" fill="{shades[name]}"/>' for x in reversed(at)]
+    return _svg("".join(parts), 16 + len(values) * 40, "percentiles") if values else ""
+
+
+def depth_lines(values: Sequence[tuple[str, Sequence[float]]], shades: Mapping[str, str]) -> str:
     """Shares by depth, one line a name."""
     if not values:
         return ""
@@ -94,12 +116,12 @@ def depth_lines(values: Sequence[tuple[str, Sequence[float]]]) -> str:
     parts = []
     for share in (0, 0.25, 0.5, 0.75, 1):
         y = bottom - share * (bottom - top)
-        parts.append(f'<line x1="{left}" x2="{_WIDTH}" y1="{y}" y2="{y}" stroke="#e3e9ef"/>'
+        parts.append(f'<line x1="{left}" x2="{_WIDTH}" y1="{y}" y2="{y}" class="rule"/>'
                      f'<text class="soft" x="{left - 6}" y="{y + 4}" text-anchor="end">{share:g}</text>')  # fmt: skip
     for depth in range(deepest):
         parts.append(f'<text class="soft" x="{left + depth * step:.0f}" y="{bottom + 18}" text-anchor="middle">{depth + 1}</text>')
     for row, (name, rates) in enumerate(values):
-        colour = COLOURS[(row + 1) % len(COLOURS)]
+        colour = shades[name]
         points = [(left + depth * step, bottom - rate * (bottom - top)) for depth, rate in enumerate(rates)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')

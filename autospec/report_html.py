@@ -12,8 +12,8 @@ from typing import Any
 from autospec.debug import PassText
 from autospec.ir.passes import PassRecord
 from autospec.program import Described, Program
-from autospec.report import kernel_table, memory_bytes
-from autospec.report_charts import bars, depth_lines, stacked, tree_picture
+from autospec.report import KernelRow, kernel_rows, memory_bytes
+from autospec.report_charts import bars, colours, depth_lines, spreads, stacked, tree_picture
 
 _ORDER = ("capture", "understand", "specialise", "cache", "widen", "speculate", "optimise", "select")
 _TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -40,7 +40,7 @@ def page(
         "pipeline": ("Pipeline", _flow(records, texts)),
         "tree": ("Draft", _figure(*tree_picture(shape.tree))),
         "charts": ("Measured", _charts(bench)),
-        "kernels": ("Kernels", _lines(kernel_table(program)[1:])),
+        "kernels": ("Kernels", _kernels(kernel_rows(program))),
         "table": ("Every pass", _table(records)),
         "diffs": ("What changed", _diffs(texts)),
     }
@@ -100,15 +100,24 @@ def _table(records: Iterable[PassRecord]) -> str:
         rows.append(
             f'<tr><td class="m">{escape(record.graph)}</td><td>{escape(record.stage)}</td><td class="m">{escape(record.name)}</td>'
             f'<td class="n">{record.count}</td><td class="n">{record.nodes_before} → {record.nodes_after}</td>'
-            f'<td class="n">{record.seconds * 1e3:.1f}</td><td>{told}</td></tr>'
+            f'<td class="n">{record.seconds * 1e3:.1f}</td><td class="i">{told}</td></tr>'
         )
     head = "".join(f"<th>{name}</th>" for name in ("graph", "stage", "pass", "hits", "nodes", "ms", "notes and refusals"))
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _lines(lines: Sequence[str]) -> str:
-    """A text table as one."""
-    return f'<div class="scroll"><pre>{"".join(f"<i>{escape(line.strip())}</i>" for line in lines)}</pre></div>' if lines else ""
+def _kernels(rows: Sequence[KernelRow]) -> str:
+    """What runs each op, where, and who would not."""
+    if not rows:
+        return ""
+    cells = "".join(
+        f'<tr><td class="m">{escape(row.graph)}</td><td class="m">{escape(row.op)}</td><td class="m">{escape(row.backend)}</td>'
+        f'<td class="n">{row.count or ""}</td><td>{escape(row.layers)}</td><td class="i">'
+        + "".join(f'<div class="why">{escape(reason)}</div>' for reason in row.refusals) + "</td></tr>"
+        for row in rows
+    )  # fmt: skip
+    head = "".join(f"<th>{name}</th>" for name in ("graph", "op", "runs on", "calls", "layers", "who would not, and why"))
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>'
 
 
 def _diffs(texts: Sequence[PassText]) -> str:
@@ -131,11 +140,17 @@ def _charts(bench: Mapping[str, Any] | None) -> str:
     if bench is None:
         return ""
     runs = bench["runs"]
-    speed = bars([(run["name"], run["tokens_per_second"]) for run in runs], "tokens/s")
-    depth = depth_lines([(run["name"], run["acceptance"]["per_depth"]) for run in runs if run["acceptance"]["per_depth"]])
-    parts = [(run["name"], run["step_seconds"]) for run in runs if run.get("step_seconds")]
+    shades = colours([run["name"] for run in runs])
+    ratios = [f"{run['speed_up']:.2f}x plain" if run.get("speed_up") else "" for run in runs]
+    speed = bars([(run["name"], run["tokens_per_second"]) for run in runs], "tokens/s", ratios)
+    drafted = [(run["name"], run["acceptance"]["per_depth"]) for run in runs if run["acceptance"]["per_depth"]]
+    depth = depth_lines(drafted, shades)
     figures = [_figure(speed, "New tokens per second, prefill included."),
                _figure(depth, "Share of steps whose first drafts, up to this depth, were all accepted.")]  # fmt: skip
+    for key, caption in (("step_seconds_percentiles", "A step"), ("first_token_seconds", "Time to the first token")):
+        found = [(run["name"], run[key]) for run in runs if run.get(key)]
+        figures.append(_figure(spreads(found, shades), f"{caption}: median (large dot), 90th and 99th percentile."))
+    parts = [(run["name"], run["step_seconds"]) for run in runs if run.get("step_seconds")]
     if parts:
         figures.append(_figure(stacked(parts, ("verify", "draft", "glue")), "Milliseconds of one step by its parts."))
     return f'<div class="charts">{"".join(figure for figure in figures if figure)}</div>'

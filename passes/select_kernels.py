@@ -57,7 +57,7 @@ class SelectKernels(Pass):
             for backend, reason in choice.reasons.items():
                 if (kernel.name, backend, reason) not in refused:
                     refused.add((kernel.name, backend, reason))
-                    notes.refuse(node, f"{backend}: {reason}")
+                    notes.refuse(node, f"{kernel.name}: {backend}: {reason}")
             if choice.measured is not None:
                 measured[f"{kernel.name}: {choice.measured}"] = None
             if choice.implementation is not None:

@@ -1,108 +1,143 @@
-"""autospec bench DIR: the speed of an exported artifact on this machine."""
+"""`autospec bench DIR`: an exported artifact on this machine, beside transformers' generate and plain decoding.
+
+Those two need the model that was exported; where it is not here, the artifact is measured alone, and the report says so.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autospec.arguments import Parser
+from autospec.arguments import Parser, check_at_least, check_files, sizes
 from autospec.artifact.manifest import is_artifact
-from autospec.benching.steps import clocked
-from autospec.errors import CapacityError, OptionError
-from autospec.loaded import load
-from autospec.model_zoo.bundled import demo_prompts
+from autospec.benching import grid, startup
+from autospec.benching.contenders import Contender, Ours, Transformers
+from autospec.errors import OptionError
+from autospec.loaded import LoadedModel, load
+from autospec.model_zoo.bundled import demo_prompts, resolve
 from autospec.runtime.text import load_tokenizer
 
 WHERE = "autospec bench DIR"
-PERCENTILES = (50, 90, 99)
 
 
 def is_asked_for(arguments: Sequence[str]) -> bool:
     """Whether what is to be measured is an artifact."""
-    return any(is_artifact(word) for word in arguments[:1])
+    return any(is_artifact(word) for word in arguments)
 
 
 def parser() -> argparse.ArgumentParser:
+    """The options of `autospec bench DIR`."""
     made = Parser(
         prog="autospec bench", description=__doc__.split("\n", 1)[0],
-        epilog="example:\n  autospec bench exported --new-tokens 64 --json artifact.json",
+        epilog="example:\n  autospec bench exported --batch-sizes 1,4 --prompt-lengths 32 --json grid.json --picture grid.png",
     )  # fmt: skip
     made.add_argument("model", help="a folder that `autospec export` wrote")
     made.add_argument("--compile", default=None, choices=("aot", "inductor", "eager"), help="as in autospec generate")
     made.add_argument("--fallback", action="store_true", help="use the portable graphs where the packages do not fit")
+    made.add_argument("--device", default=None, help="cpu or cuda (default: where it was exported)")
+    made.add_argument("--weights", default=None, metavar="DIR", help="checkpoint of an artifact of graphs only")
+    made.add_argument("--against", default=None, metavar="MODEL",
+                      help="the model for transformers' generate and plain decoding, or none (default: what was exported, if it "
+                           "is here)")  # fmt: skip
     made.add_argument("--prompts", type=Path, default=None, metavar="FILE",
                       help="one prompt a line; .jsonl: strings or lists of token ids (default: the bundled ones)")  # fmt: skip
+    made.add_argument("--batch-sizes", type=sizes, default=(1,), metavar="B,B,...",
+                      help="rows at once (default 1); more than were exported run in waves")  # fmt: skip
+    made.add_argument("--prompt-lengths", type=sizes, default=None, metavar="S,S,...",
+                      help="in tokens, cut from the prompts' text (default: the prompts as they are)")  # fmt: skip
+    made.add_argument("--acceptance", default=None, metavar="X", help="refused: the graphs of an artifact verify for real")
     made.add_argument("--new-tokens", type=int, default=64, help="tokens per prompt (default 64)")
     made.add_argument("--repeats", type=int, default=3, help="timed runs of each prompt; the median counts (default 3)")
+    made.add_argument("--start-up", action="store_true",
+                      help="also: load it in a fresh process, and optimise the model from scratch in another")  # fmt: skip
     made.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all numbers; explain --bench draws them")
+    made.add_argument("--picture", type=Path, default=None, metavar="FILE", help="draw them")
     return made
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Measure, print, save."""
+    """Measure, print, save; 0 if all tokens are the same."""
     asked = parser().parse_args(arguments)
-    for name in ("new_tokens", "repeats"):
-        if getattr(asked, name) < 1:
-            raise OptionError(f"--{name.replace('_', '-')} must be at least 1", at=f"--{name.replace('_', '-')}", where=WHERE,
-                              help="leave it out")  # fmt: skip
+    _check(asked)
     start = time.perf_counter()
-    fast = load(asked.model, compile=asked.compile, fallback=asked.fallback)
-    room = max(program.shape.max_length for program in fast.artifact.programs) - asked.new_tokens
-    prompts = [prompt for prompt in _prompts(asked) if len(prompt) <= room]
-    if not prompts:
-        raise CapacityError(f"no prompt fits {room + asked.new_tokens} tokens with {asked.new_tokens} new ones", at="--new-tokens",
-                            where=WHERE, help="lower --new-tokens, or export with a larger --max-length")  # fmt: skip
-    options: dict[str, Any] = {"max_new_tokens": asked.new_tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-    fast.generate([prompts[0]], **{**options, "max_new_tokens": 1})
-    told = {"load_to_first_token_seconds": time.perf_counter() - start, **_measured(fast, prompts, options, asked.repeats)}
-    print(f"{asked.model}, {fast.compile}, {len(prompts)} prompts of {asked.new_tokens} new tokens, batch 1\n"
-          f"{told['tokens_per_second']:.0f} tokens/s, mean acceptance length {told['acceptance']['mean_acceptance_length']:.2f}\n"
-          f"first token after {_spread(told['first_token_seconds'])}; a step takes {_spread(told['step_seconds_percentiles'])}\n"
-          f"loading to the first token took {told['load_to_first_token_seconds']:.2f} s")  # fmt: skip
-    if asked.json is not None:
-        asked.json.write_text(json.dumps({"model": asked.model, "runs": [told]}, indent=1) + "\n")
-    return 0
-
-
-def _measured(fast: Any, prompts: Sequence[list[int]], options: dict[str, Any], repeats: int) -> dict[str, Any]:
-    seconds, first, steps = [], [], []
-    reached: list[int] = []
-    rows = 0
-    for prompt in prompts:
-        fast.generate([prompt], **options)  # not timed: caches of a new prompt
-        times = []
-        for _ in range(repeats):
-            fast.generate([prompt], **options)
-            times.append(fast.metrics.seconds)
-            first.append(fast.metrics.first_token_seconds)
-        seconds.append(statistics.median(times))
-        with clocked(fast.session) as clock:
-            fast.generate([prompt], **options)
-        steps += clock
-        rows += fast.metrics.row_steps
-        reached = [a + b for a, b in zip(reached or [0] * len(fast.metrics.reached), fast.metrics.reached, strict=True)]
-    rates = [count / max(1, rows) for count in reached]
-    return {
-        "name": f"artifact, {fast.compile}",
-        "tokens_per_second": len(prompts) * options["max_new_tokens"] / sum(seconds),
-        "acceptance": {"steps": rows, "mean_acceptance_length": 1 + sum(rates), "per_depth": rates},
-        "first_token_seconds": percentiles(first), "step_seconds_percentiles": percentiles(steps), "step_seconds": None,
+    fast = load(asked.model, compile=asked.compile, device=asked.device, weights=asked.weights, fallback=asked.fallback)
+    prompts = _prompts(asked)
+    cells = [(batch, length) for length in asked.prompt_lengths or (None,) for batch in asked.batch_sizes]
+    room = max(program.shape.max_length for program in fast.artifact.programs)
+    if asked.prompt_lengths is None:
+        prompts = [prompt for prompt in prompts if len(prompt) + asked.new_tokens <= room] or prompts
+    grid.check_room(prompts, cells, asked.new_tokens, room, WHERE)
+    fast.generate([prompts[0]], max_new_tokens=1, do_sample=False, **grid.WITHOUT_END)
+    title: dict[str, Any] = {
+        "model": asked.model, "dtype": str(fast.target.facts.dtype).removeprefix("torch."), "device": str(fast.target.facts.device),
+        "torch": f"torch {fast.artifact.manifest['torch']}", "compile": fast.compile, "prompts": f"{len(prompts)} prompts",
+        "new_tokens": f"{asked.new_tokens} new tokens each",
     }  # fmt: skip
+    print(", ".join(map(str, title.values())))
+    title["load_to_first_token_seconds"] = time.perf_counter() - start
+    print(f"loading to the first token took {title['load_to_first_token_seconds']:.2f} s, in this process")
+    source, reason = _source(asked.against, fast)
+    if reason:
+        print(f"measured alone, without transformers' generate and plain decoding: {reason}")
+    if asked.start_up:
+        title |= _start_up(asked, fast, source, reason, prompts[0])
+    contenders = [*(_others(source, fast) if source else []), Ours(f"artifact, {fast.compile}", fast)]
+    found = grid.measure(contenders, prompts, cells, {"max_new_tokens": asked.new_tokens, "do_sample": False}, asked.repeats)
+    return grid.report(found, title, asked.json, asked.picture)
 
 
-def percentiles(samples: Sequence[float]) -> dict[str, float]:
-    """The smallest sample that so many percent do not exceed."""
-    ordered = sorted(samples)
-    return {str(share): ordered[max(0, -(-len(ordered) * share // 100) - 1)] for share in PERCENTILES} if ordered else {}
+def _check(asked: argparse.Namespace) -> None:
+    """Refuse what could only fail after minutes."""
+    check_at_least(asked, {"new_tokens": 1, "repeats": 1}, WHERE)
+    check_files({"--json": asked.json, "--picture": asked.picture}, WHERE)
+    if asked.acceptance is not None:
+        raise OptionError("synthetic acceptance is built into a program, and an artifact has none", at="--acceptance", where=WHERE,
+                          help="autospec bench MODEL --acceptance X measures the model itself")  # fmt: skip
 
 
-def _spread(found: dict[str, float]) -> str:
-    return ", ".join(f"{value * 1e3:.2f} ms (p{share})" for share, value in found.items()) or "nothing"
+def _source(asked: str | None, fast: LoadedModel) -> tuple[str | None, str]:
+    """The model behind an artifact, and why there is none."""
+    if asked == "none":
+        return None, "as asked for"
+    if importlib.util.find_spec("transformers") is None:
+        return None, "transformers is not installed"
+    source = resolve(asked or fast.sources.get("target", ""))
+    if asked is not None or (Path(source) / "config.json").is_file():
+        return source, ""
+    return None, f"the model that was exported, '{source}', is not here; name it with --against MODEL"
+
+
+def _others(source: str, fast: LoadedModel) -> list[Contender]:
+    """transformers' generate and plain decoding of the same model, in the artifact's dtype and on its device."""
+    from autospec.api import optimize
+    from autospec.loading import load_model
+
+    facts = fast.target.facts
+    module = load_model(source, "--against").to(device=facts.device, dtype=facts.dtype)
+    plain = optimize(module, None, compile="inductor" if fast.compile == "aot" else fast.compile)
+    return [Transformers(module), Ours(grid.PLAIN, plain)]
+
+
+def _start_up(asked: argparse.Namespace, fast: LoadedModel, source: str | None, reason: str, prompt: list[int]) -> dict[str, Any]:
+    """Both starts, one after the other, and how they compare."""
+    if source is None:
+        raise OptionError(f"--start-up optimises the model from scratch, too: {reason}", at="--start-up", where=WHERE,
+                          help="name the model with --against MODEL")  # fmt: skip
+    loaded = startup.loading(asked.model, prompt, compile=fast.compile)
+    scratch = startup.optimising(fast.artifact, source, prompt)
+    print(f"to the first token, each in a fresh process: loading {loaded.seconds:.2f} s, optimising from scratch "
+          f"{scratch.seconds:.2f} s ({scratch.seconds / loaded.seconds:.1f} times as long); with imports "
+          f"{loaded.with_imports:.2f} s and {scratch.with_imports:.2f} s"
+          + ("" if loaded.tokens == scratch.tokens else "; their tokens differ"))  # fmt: skip
+    return {"start_up_seconds": {
+        "loading": loaded.seconds, "optimising": scratch.seconds,
+        "loading_with_imports": loaded.with_imports, "optimising_with_imports": scratch.with_imports,
+    }}  # fmt: skip
 
 
 def _prompts(asked: argparse.Namespace) -> list[list[int]]:
@@ -115,6 +150,8 @@ def _prompts(asked: argparse.Namespace) -> list[list[int]]:
             f"the prompts cannot be read: {str(error)[:120]}", at=f"--prompts {asked.prompts}", where=WHERE,
             help="name a text file, or .jsonl with a string or a list of token ids on every line",
         ) from error  # fmt: skip
+    if not values:
+        raise OptionError("there are no prompts", at=f"--prompts {asked.prompts}", where=WHERE, help="write one on every line")
     tokenizer = load_tokenizer(asked.model) if any(isinstance(value, str) for value in values) else None
     found = []
     for value in values:

@@ -17,13 +17,14 @@ import autospec
 from autospec import debug
 from autospec.debug import PassText
 from autospec.report import kernel_table, ranges
-from autospec.report_charts import bars, depth_lines, stacked, tree_picture
+from autospec.report_charts import COLOURS, bars, colours, depth_lines, spreads, stacked, tree_picture
 from autospec.report_html import page
 from autospec.trees import chain, dynamic_tree, static_tree
 
 BENCH: dict[str, Any] = {"runs": [
     {"name": "plain", "tokens_per_second": 100.0, "acceptance": {"per_depth": []}, "step_seconds": None},
-    {"name": "<b>eagle</b>", "tokens_per_second": 250.0, "acceptance": {"per_depth": [0.9, 0.5]},
+    {"name": "<b>eagle</b>", "tokens_per_second": 250.0, "speed_up": 2.5, "acceptance": {"per_depth": [0.9, 0.5]},
+     "step_seconds_percentiles": {"50": 0.004, "90": 0.005, "99": 0.02}, "first_token_seconds": {"50": 0.1, "90": 0.1, "99": 0.1},
      "step_seconds": {"step": 0.004, "verify": 0.002, "draft": 0.0015, "glue": 0.0005}},
 ]}  # fmt: skip
 
@@ -54,6 +55,10 @@ def test_the_page_is_whole_and_escaped(explained: str) -> None:
     assert "+%append_kv" in diffs["page-kv-cache"]
     assert 'class="d">-%a = &lt;i&gt;' in diffs["planted"]
     assert "left alone" in explained, "refusals are shown"
+    assert "250 tokens/s, 2.50x plain" in explained
+    assert "4.00 / 5.00 / 20.00 ms" in explained
+    kernels = explained.partition('<section id="kernels">')[2].partition("</section>")[0]
+    assert re.search(r"paged_attention</td>.*?triton: the tensors are on cpu|triton is not installed", kernels), "with the refusals"
 
 
 def test_without_texts_and_without_a_bench(written: Callable[[str], Path]) -> None:
@@ -92,9 +97,14 @@ def test_charts_show_every_run() -> None:
     widths = [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', speed)]
     assert widths[1] == pytest.approx(4 * widths[0])
     assert "200 tokens/s" in speed
-    assert depth_lines([("a", [1.0, 0.5])]).count("<circle") == 2
+    shades = colours(["first", "a"])
+    assert depth_lines([("a", [1.0, 0.5])], shades).count(f'fill="{COLOURS[1]}"/>') == 3, "the colour of its bar: two dots, a key"
+    drawn = spreads([("first", {"50": 0.001, "99": 0.002}), ("a", {"50": 0.002, "99": 0.004})], shades)
+    assert "2.00 / 4.00 ms" in drawn
+    at = sorted(float(x) - 8 for x in re.findall(r'cx="([\d.]+)"', drawn))
+    assert at == pytest.approx([at[3] / 4, at[3] / 2, at[3] / 2, at[3]]), "lengths are from zero, on one scale"
     assert "4.00 ms" in stacked([("a", {"verify": 0.002, "draft": 0.002, "glue": 0.0})], ("verify", "draft", "glue"))
-    assert bars([], "x") == depth_lines([]) == ""
+    assert bars([], "x") == depth_lines([], {}) == spreads([], {}) == ""
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
@@ -107,10 +117,12 @@ def test_the_page_searches_in_a_browser(explained: str, tmp_path: Path) -> None:
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr[-500:]
-    found = re.search(r"<output[^>]*>(\d+) lines, (\d+) passes</output>", ran.stdout)
+    found = re.search(r"<output[^>]*>(\d+) lines, (\d+) passes, (\d+) rows</output>", ran.stdout)
     assert found is not None, "the script ran"
     expected = len(re.findall(r"<i class=\"[adh]?\">[^<]*append_kv", explained))
     assert int(found[1]) == expected > 3
+    shown = re.findall(r'<tr><td class="m">\w+</td><td class="m">(\w+)', ran.stdout)
+    assert set(shown) == {"append_kv"}, "other kernels are hidden"
     hidden = re.findall(r'<details id="d\d+" class="none">\s*<summary>([\w-]+)', ran.stdout)
     assert "planted" in hidden
     opened = re.findall(r'<details id="d\d+"[^>]* open="[^"]*"><summary>([\w-]+)|<details id="d\d+" open="">', ran.stdout)

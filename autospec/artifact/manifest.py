@@ -154,10 +154,15 @@ def being_written(directory: str | Path, *, overwrite: bool = False) -> Iterator
     except OSError as error:
         raise ArtifactError(f"the folder cannot be written: {error.strerror}", at=str(directory), where="autospec.export",
                             help="name a folder in a place that you may write to") from None  # fmt: skip
+    old = partial.with_suffix(".old")
     try:
         yield partial
+        # Deleting takes a while and can be interrupted; a rename is done or not done.
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(old)
         partial.rename(final)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not final.exists():
+            old.rename(final)
+        for rest in (partial, old):
+            shutil.rmtree(rest, ignore_errors=True)

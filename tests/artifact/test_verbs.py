@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 from harness.artifacts import demo
 
-from autospec.benching.artifact import percentiles
+from autospec.benching.contenders import percentiles
 from autospec.cli import main
 
 pytestmark = pytest.mark.xdist_group("demo artifacts")
 PROMPT = "def add(a, b):"
 SCRIPT = """
 import sys
-from autospec.benching.artifact import percentiles
 from autospec.cli import main
 status = main(sys.argv[1:])
 assert not [name for name in sys.modules if name.startswith("transformers")]
@@ -51,6 +50,8 @@ def test_text_without_transformers(exported: Path, capsys: pytest.CaptureFixture
     [
         (["generate", "DIR", "--prompt", "x", "--speculation", "ngram"], "an artifact has the drafter it was exported with"),
         (["generate", "DIR", "--prompt", "x", "--max-draft-len", "3"], "an artifact has the drafter it was exported with"),
+        (["generate", "DIR", "--prompt", "x", "--dtype", "float32"], "an artifact has the dtype it was exported with"),
+        (["export", "bundled:target", "-o", "x", "--dtype", "float32", "--meta"], "--meta copies weights as they are stored"),
         (["generate", "bundled:target", "--prompt", "x", "--fallback"], "--fallback is for a folder"),
         (["generate", "bundled:target", "--prompt", "x", "--compile", "aot"], "packages belong to an artifact"),
         (["export", "bundled:target", "-o", "x", "--batch-sizes", "1,b"], "--batch-sizes must be numbers"),
@@ -67,15 +68,26 @@ def test_mistakes(arguments: list[str], message: str, exported: Path, capsys: py
 def test_bench_measures_an_artifact(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.jsonl").write_text('[464, 1140, 2531]\n"import os"\n')
     options = ["--compile", "eager", "--new-tokens", "8", "--repeats", "1", "--prompts", str(tmp_path / "p.jsonl")]
-    assert main(["bench", str(exported), *options, "--json", str(tmp_path / "bench.json")]) == 0
+    source = str(Path(__file__).resolve().parents[2] / "model_zoo/demo/target")
+    files = ["--json", str(tmp_path / "bench.json"), "--picture", str(tmp_path / "bench.png")]
+    assert main(["bench", str(exported), *options, *files, "--against", source, "--batch-sizes", "1,2"]) == 0
     assert "loading to the first token took" in capsys.readouterr().out
-    (run,) = json.loads((tmp_path / "bench.json").read_text())["runs"]
-    assert run["tokens_per_second"] > 0
-    assert len(run["acceptance"]["per_depth"]) == 4
-    steps = run["step_seconds_percentiles"]
+    runs = json.loads((tmp_path / "bench.json").read_text())["runs"]
+    names = ["transformers generate", "plain", "artifact, eager"]
+    assert [one["name"] for one in runs] == [f"{name}, batch {batch}, prompts as given" for batch in (1, 2) for name in names]
+    assert all(one["is_identical"] for one in runs)
+    assert len(runs[2]["acceptance"]["per_depth"]) == 4
+    steps = runs[2]["step_seconds_percentiles"]
     assert 0 < steps["50"] <= steps["90"] <= steps["99"]
-    assert main(["bench", str(exported), *options, "--new-tokens", "64"]) == 2
-    assert "no prompt fits 64 tokens" in capsys.readouterr().err
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["bench", str(exported), *options, "--against", "none"]) == 0
+    assert "measured alone, without transformers' generate and plain decoding: as asked for" in capsys.readouterr().out
+    for more, message in (
+        (["--new-tokens", "64"], "do not fit, a row holds 64"), (["--acceptance", "3"], "an artifact has none"),
+        (["--start-up", "--against", "none"], "--start-up optimises the model from scratch, too"),
+    ):  # fmt: skip
+        assert main(["bench", str(exported), *options, *more]) == 2
+        assert message in capsys.readouterr().err
     (tmp_path / "p.jsonl").write_text('{"text": 3}\n')
     assert main(["bench", str(exported), *options]) == 2
     assert "neither text nor token ids" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from harness.artifacts import tiny_optimized
 from safetensors.torch import load_file
 
 from autospec import exporter
+from autospec.artifact import manifest
 from autospec.artifact.manifest import NAME, being_written, read_manifest, write_manifest
 from autospec.artifact.weights import layout_of, needed, write_weights
 from autospec.errors import ArtifactError, CapacityError, OptionError
@@ -46,6 +47,41 @@ def test_an_old_artifact_stays_until_the_new_one_is_complete(tmp_path: Path) -> 
     with being_written(folder, overwrite=True) as partial:
         (partial / "b.txt").write_text("new")
     assert [path.name for path in folder.iterdir()] == ["b.txt"]
+
+
+def test_what_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted between the two renames, and while the old one is deleted."""
+    folder = tmp_path / "made"
+    with being_written(folder) as partial:
+        (partial / "a.txt").write_text("old")
+        write_manifest(partial, {})
+    rename = Path.rename
+
+    def stop(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    def replace() -> None:
+        with being_written(folder, overwrite=True) as partial:
+            (partial / "b.txt").write_text("new")
+            write_manifest(partial, {})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            replace()
+    assert read_manifest(folder)["files"].keys() == {"a.txt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+    def interrupted(path: Path, ignore_errors: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest.shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            replace()
+    assert read_manifest(folder)["files"].keys() == {"b.txt"}, "the new one is complete"
 
 
 def test_what_stands_there_is_not_overwritten(tmp_path: Path, refused: Callable[..., ArtifactError]) -> None:

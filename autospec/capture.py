@@ -149,7 +149,8 @@ def through_interfaces(model: Any, experts: str = capture_experts.INTERFACE) -> 
             model.set_attn_implementation(INTERFACE)
         if model._can_set_experts_implementation():
             model.set_experts_implementation(experts)
-        yield routed
+        with capture_experts.loops_as_ops(model):
+            yield routed
     finally:
         for config, name, value in saved:
             if hasattr(config, name):

@@ -3,11 +3,12 @@
     names in the safetensors --layout--> which modules there are --read--> tensors --rename, stack experts--> MTPHead
 
 A module is loaded whole or not at all. Its block is made by the class of the target's last layer with full attention, and
-every tensor takes the dtype that the same tensor has there.
+every tensor takes the dtype that the same tensor has there. float8 in blocks, as DeepSeek-V3 is published, is read too.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,9 @@ from autospec.heads.report import HeadReport
 from autospec.model_zoo.mtp_heads import MTP_LAYOUTS, MTPLayout
 
 UNREAD = r".*rotary_emb\.inv_freq"
-SCALES = r".*(_scale_inv|\.weight_scale|\.qweight|\.scales)"
+BLOCK = (128, 128)  # of weights that one scale of DeepSeek's float8 files holds for, where config.json does not say
+BLOCK_SCALE = "_scale_inv"
+SCALES = r".*(\.weight_scale|\.qweight|\.scales)"
 
 
 def load_mtp(source: str | Path, target: Any, most: int) -> MTPHead:
@@ -35,7 +38,7 @@ def load_mtp(source: str | Path, target: Any, most: int) -> MTPHead:
     where = str(source)
     decoder = decoder_of(target)
     num_layers = len(decoder.layers)
-    _, files = tensor_names(source)
+    folder, files = tensor_names(source)
     layout = recognise(files, num_layers, where)
     count = min(number_of_modules(layout, files, num_layers), most)
     owned = {name: file for name, file in files.items() if _is_owned(name, layout, count, num_layers)}
@@ -43,7 +46,7 @@ def load_mtp(source: str | Path, target: Any, most: int) -> MTPHead:
         raise CheckpointError("the MTP modules are quantized, and weights are read as they are", at=scaled, where=where,
                               help="name a checkpoint that has them in bf16: MTPConfig(speculative_model=PATH)")  # fmt: skip
     like = full_attention_layer(decoder, where)
-    tensors = stack_experts(read_named(owned))
+    tensors = stack_experts(dequantized(read_named(owned), _block_size(folder), where))
     shared = _shared(tensors, target, layout, count, num_layers)
     for name in shared:
         tensors.pop(name, None)
@@ -68,8 +71,8 @@ def load_mtp(source: str | Path, target: Any, most: int) -> MTPHead:
 
 
 def dtypes_like(layer: nn.Module) -> dict[str, torch.dtype]:
-    """The dtypes of a module's block, by names inside the module: those of the target's layer."""
-    return {f"block.{name}": value.dtype for name, value in layer.state_dict().items()}
+    """The dtypes of a module's block, by names inside the module: those of the target's layer, unless it is quantized."""
+    return {f"block.{name}": value.dtype for name, value in layer.state_dict().items() if value.dtype.itemsize > 1}
 
 
 def recognise(names: Iterable[str], num_layers: int, where: str) -> MTPLayout:
@@ -95,6 +98,30 @@ def theirs(name: str, layout: MTPLayout, num_layers: int) -> str:
     """depths.{k}.{part}.{rest} -> the name in the file."""
     _, k, part, rest = name.split(".", 3)
     return f"{_spelt(getattr(layout, part), int(k), num_layers)}.{rest}"
+
+
+def dequantized(tensors: Mapping[str, Tensor], block: tuple[int, int], where: str) -> dict[str, Tensor]:
+    """float8 matrices with a scale for each block of them, as DeepSeek-V3 publishes, in bfloat16; the others as they are."""
+    found = {name: value for name, value in tensors.items() if not name.endswith(BLOCK_SCALE)}
+    for name in tensors.keys() - found.keys():
+        scale, weight = tensors[name], found.get(name.removesuffix(BLOCK_SCALE))
+        blocks = None if weight is None else tuple(-(-size // by) for size, by in zip(weight.shape, block, strict=False))
+        if weight is None or weight.dim() != 2 or blocks != tuple(scale.shape):
+            shape = "no weight" if weight is None else f"a weight of {list(weight.shape)} in blocks of {list(block)}"
+            raise CheckpointError(f"a scale of {list(scale.shape)} does not fit {shape}", at=name, where=where,
+                                  help="compare weight_block_size in config.json with the file")  # fmt: skip
+        rows, columns = weight.shape
+        scales = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        found[name.removesuffix(BLOCK_SCALE)] = (weight.float() * scales).to(torch.bfloat16)
+    return found
+
+
+def _block_size(folder: Path) -> tuple[int, int]:
+    """Rows and columns of a block, by config.json."""
+    path = folder / "config.json"
+    found = json.loads(path.read_text()).get("quantization_config") if path.is_file() else None
+    rows, columns = (found or {}).get("weight_block_size") or BLOCK
+    return int(rows), int(columns)
 
 
 def stack_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

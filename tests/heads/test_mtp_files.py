@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import autospec
 from autospec.capture_head import capture_head
 from autospec.config import Eagle3Config, MTPConfig
 from autospec.errors import AutospecError, CheckpointError, OptionError
+from autospec.heads import mtp_files
 from autospec.heads.mtp import MTPHead
 from autospec.heads.mtp_files import load_mtp
 from autospec.ir.match import calls
@@ -155,6 +157,50 @@ def test_shards_are_read_by_name(tmp_path: Path) -> None:
     assert difference(load_mtp(tmp_path, target, 1), made) < CLOSE
 
 
+def _in_blocks(made: Made, block: tuple[int, int]) -> None:
+    """Quantize the block's matrices as DeepSeek-V3's files are, and give the model by hand the values that remain."""
+    config = json.loads((made.folder / "config.json").read_text())
+    (made.folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"weight_block_size": block}}))
+    own = made.whole.state_dict()
+    for name, value in list(made.tensors.items()):
+        if not name.startswith(f"model.layers.{LAYERS}.") or "_proj" not in name or "eh_proj" in name:
+            continue
+        rows, columns = value.shape
+        blocks = -(-rows // block[0]), -(-columns // block[1])
+        scale = 0.01 + torch.rand(blocks, generator=torch.Generator().manual_seed(rows))
+        wide = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        quantized = (value / wide).clamp(-400, 400).to(torch.float8_e4m3fn)
+        made.tensors |= {name: quantized, f"{name}_scale_inv": scale}
+        left = (quantized.float() * wide).to(torch.bfloat16).float()
+        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name):
+            stacked = own[f"{match[1]}.{'down' if match[3] == 'down' else 'gate_up'}_proj"][int(match[2])]
+            gate, up = stacked.chunk(2)
+            {"down": stacked, "gate": gate, "up": up}[match[3]].copy_(left)
+        else:
+            own[name].copy_(left)
+    made.write()
+
+
+@pytest.mark.parametrize("block", [(16, 16), (128, 128), (5, 12)])
+def test_float8_blocks_are_read_as_deepseek_publishes_them(block: tuple[int, int], tmp_path: Path) -> None:
+    made, target = made_of("deepseek_v3", tmp_path)
+    _in_blocks(made, block)
+    assert difference(load_mtp(tmp_path, target, 1), made) < CLOSE
+
+
+def test_scales_that_are_taken_for_another_block_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the rows of blocks are read from below."""
+    made, target = made_of("deepseek_v3", tmp_path)
+    _in_blocks(made, (16, 16))
+    right = mtp_files.dequantized
+
+    def turned(tensors: dict[str, Tensor], *rest: Any) -> dict[str, Tensor]:
+        return right({name: x.flip(0) if name.endswith("_scale_inv") else x for name, x in tensors.items()}, *rest)
+
+    monkeypatch.setattr(mtp_files, "dequantized", turned)
+    assert difference(load_mtp(tmp_path, target, 1), made) > 0.1
+
+
 def _drop(made: Made) -> None:
     del made.tensors["model.mtp_layers.0.hidden_layernorm.weight"]
 
@@ -168,7 +214,11 @@ def _misshape(made: Made) -> None:
 
 
 def _quantize(made: Made) -> None:
-    made.tensors["model.mtp_layers.0.mlp.up_proj.weight_scale_inv"] = torch.zeros(3)
+    made.tensors["model.mtp_layers.0.mlp.up_proj.weight_scale"] = torch.zeros(3)
+
+
+def _rescale(made: Made) -> None:
+    made.tensors["model.mtp_layers.0.mlp.up_proj.weight_scale_inv"] = torch.zeros(3, 3)
 
 
 def _remove(made: Made) -> None:
@@ -181,6 +231,7 @@ def _remove(made: Made) -> None:
     (_add, "it has the unknown model.mtp_layers.0.mlp.gate.weight"),
     (_misshape, "misshapen are model.mtp_layers.0.self_attn.q_proj.bias [3] instead of [32]"),
     (_quantize, "the MTP modules are quantized"),
+    (_rescale, "a scale of [3, 3] does not fit a weight of [48, 32] in blocks of [128, 128]"),
     (_remove, "the checkpoint has no MTP modules"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(spoil: Callable[[Made], None], rule: str, tmp_path: Path) -> None:

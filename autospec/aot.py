@@ -8,13 +8,17 @@ kernels, which travel with it.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
+import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.cpp_builder import get_cpp_compiler
 
 from autospec import debug, pipeline
 from autospec.artifact.machine import machine
@@ -84,7 +88,9 @@ def compile_package(module: fx.GraphModule, path: Path) -> None:
         "cpp.threads": max(2, torch.get_num_threads()),
     }  # fmt: skip
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            if sys.platform == "linux":
+                options["cpp.cxx"] = (None, str(_self_contained_compiler(Path(folder))))
             torch._inductor.aoti_compile_and_package(
                 as_exported(plain, examples), package_path=str(path), inductor_configs=options
             )
@@ -97,6 +103,18 @@ def compile_package(module: fx.GraphModule, path: Path) -> None:
         sources = [archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp")]
     assert sources, "AOTInductor showed no generated code, so page-sized copies cannot be ruled out"
     refuse_page_copies(sources, [slot for slot in slots(module) if slot.kind == "state"])
+
+
+def _self_contained_compiler(folder: Path) -> Path:
+    """The C++ compiler with a linker that binds a library's symbols to itself; Inductor has no option for that.
+
+    A package holds std::regex as its compiler makes it, and a process may hold another compiler's: on Ubuntu 24.04 (g++ 13.3,
+    torch 2.11+cu130) each package crashed while it was loaded, one that adds two tensors as well.
+    """
+    script = folder / "g++"  # Inductor knows compilers by their names
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(get_cpp_compiler())} "$@" -Wl,-Bsymbolic\n')
+    script.chmod(0o755)
+    return script
 
 
 def refuse_python(module: fx.GraphModule) -> None:

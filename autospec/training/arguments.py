@@ -75,6 +75,8 @@ def _mtp(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-modules", type=int, default=1,
                         help="module i guesses draft token i, the first one again beyond the last (default 1)")  # fmt: skip
     parser.add_argument("--unrolled-steps", type=int, default=3, help="draft tokens that training looks ahead (default 3)")
+    parser.add_argument("--start-from", default=None, metavar="CHECKPOINT",
+                        help="go on with the modules of a checkpoint, such as the model's own, or of an earlier --out")  # fmt: skip
 
 
 def options_of(asked: Any) -> TrainingOptions:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from autospec.errors import CheckpointError
 from autospec.heads.mtp import MTPHead, MTPModule
-from autospec.heads.mtp_files import decoder_of, full_attention_layer
+from autospec.heads.mtp_files import decoder_of, full_attention_layer, load_mtp
 from autospec.model_zoo.mtp_heads import MTPLayout, layout_of
 from autospec.training.features import Features, Target
 from autospec.training.unrolled import UnrolledAttention, UnrolledLoss
@@ -80,6 +80,24 @@ def new_mtp(target: Target, num_modules: int = 1, layout: MTPLayout | None = Non
             half += torch.eye(hidden, device=weight.device)
     _try(head, target)
     return head
+
+
+def begin_from(head: MTPHead, source: str) -> None:
+    """Take over the modules of a checkpoint, to go on training them.
+
+    Raises:
+        CheckpointError: it has fewer modules, writes them another way, or they have embeddings of their own.
+    """
+    theirs = load_mtp(source, head.target, len(head.depths))
+    own, found = head.own_state(), theirs.own_state()
+    if theirs.layout != head.layout or own.keys() != found.keys():
+        odd = sorted(own.keys() ^ found.keys())
+        raise CheckpointError(f"its modules are not like those that would be trained: {odd[0] if odd else theirs.layout.name}",
+                              at=f"{len(theirs.depths)} modules for {len(head.depths)}", where=source,
+                              help="lower --num-modules, or leave --start-from out")  # fmt: skip
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(found[name])
 
 
 def _new_module(target: Target, layer: nn.Module, norm: nn.Module) -> MTPModule:

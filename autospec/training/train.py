@@ -24,7 +24,7 @@ from autospec.training.eagle3 import Eagle3Loss, Eagle3Shape, choose_draft_vocab
 from autospec.training.features import Target, default_taps
 from autospec.training.loop import History, Loss, Rows, Sampler, Schedule, Trainer
 from autospec.training.medusa import MedusaLoss, new_heads
-from autospec.training.mtp import MTPLoss, new_mtp
+from autospec.training.mtp import MTPLoss, begin_from, new_mtp
 from autospec.training.report import write_report
 
 
@@ -43,6 +43,7 @@ class TrainingOptions:
         unrolled_steps, decay: of the training-time test of EAGLE-3 and MTP; decay is also that of Medusa's heads.
         hard: Medusa learns the text's tokens, not the target's distribution.
         num_modules: of MTP; module i guesses draft token i, the first one again beyond the last.
+        start_from: a checkpoint whose MTP modules are trained further.
     """
 
     model: str
@@ -77,6 +78,7 @@ class TrainingOptions:
     hard: bool = False
     # MTP
     num_modules: int = 1
+    start_from: str | None = None
 
 
 def train(kind: str, asked: TrainingOptions) -> dict[str, Any]:
@@ -167,7 +169,10 @@ def _mtp(asked: TrainingOptions, model: Any, rows: Rows) -> MTPLoss:
                           at="--num-modules", where="autospec train mtp",
                           help=f"use --unrolled-steps {asked.num_modules} or more")  # fmt: skip
     target = Target(model)
-    return MTPLoss(target, new_mtp(target, asked.num_modules), steps=asked.unrolled_steps, decay=asked.decay)
+    head = new_mtp(target, asked.num_modules)
+    if asked.start_from is not None:
+        begin_from(head, resolve(asked.start_from))
+    return MTPLoss(target, head, steps=asked.unrolled_steps, decay=asked.decay)
 
 
 def _trainer(asked: TrainingOptions, loss: Loss, rows: Rows, held_out: Rows) -> Trainer:

@@ -23,7 +23,7 @@ from autospec.heads.mtp_write import save_mtp
 from autospec.model_zoo.mtp_heads import DEEPSEEK, MIMO, layout_of
 from autospec.training.features import Features, Target
 from autospec.training.loop import Rows, Sampler, Schedule, Trainer
-from autospec.training.mtp import MTPLoss, new_mtp
+from autospec.training.mtp import MTPLoss, begin_from, new_mtp
 from autospec.training.unrolled import UnrolledAttention
 
 STEPS = 4
@@ -208,6 +208,19 @@ def test_a_new_head_leaves_the_target_alone() -> None:
     trained = {id(p) for p in loss.head.parameters() if p.requires_grad}
     assert trained
     assert not trained & {id(p) for p in model.parameters()}
+
+
+def test_modules_of_a_checkpoint_are_trained_further(tmp_path: Path) -> None:
+    loss = new_loss("deepseek_v3", 2)
+    train(loss, some_tokens(6), 3)
+    save_mtp(loss.mtp, tmp_path)
+    fewer = new_mtp(loss.target)
+    begin_from(fewer, str(tmp_path))
+    trained = loss.mtp.own_state()
+    assert all(torch.equal(value, trained[name]) for name, value in fewer.own_state().items())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in fewer.depths.parameters())
+    with pytest.raises(CheckpointError, match="not like those that would be trained"):
+        begin_from(new_mtp(loss.target, 3), str(tmp_path))
 
 
 def test_families_without_a_naming_of_their_own_are_written_as_deepseek() -> None:

@@ -80,6 +80,17 @@ def facts_of(value: Any) -> ModelFacts:
     return from_json(ModelFacts, value)
 
 
+def shape_from(value: Any) -> Shape:
+    """A program's shape whose numbers are numbers of something."""
+    shape = from_json(Shape, value)
+    for name in ("batch_size", "max_length", "page_size", "prefill_len"):
+        size = getattr(shape, name)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ArtifactError(f"the manifest describes a program of {name} {size!r:.40}", at=name, where="manifest.json",
+                                help="export the model again")  # fmt: skip
+    return shape
+
+
 def slot_from(value: Any) -> Slot:
     """A slot whose shape can be allocated."""
     slot = from_json(Slot, value)

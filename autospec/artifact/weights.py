@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autospec.artifact.values import dtype_name, dtype_of
-from autospec.errors import CheckpointError
+from autospec.errors import ArtifactError, CheckpointError
+from autospec.ir.slots import Slot
 
 FILE = "weights.safetensors"
 _TAGS = {
@@ -25,6 +26,8 @@ _TAGS = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+_DTYPES = {tag: dtype for dtype, tag in _TAGS.items()}
+_LARGEST_HEADER = 100_000_000  # bytes, as the safetensors package has it
 _ALIGN = 64  # bytes; where tensors begin, if their sizes keep it
 
 
@@ -102,7 +105,7 @@ class StoredWeights(Mapping[str, Tensor]):
     ) -> None:  # fmt: skip
         self._device, self._aliases = device, dict(aliases)
         self._file = open_safetensors(path)
-        self._names = set(self._file.keys())
+        self._stored = read_header(path)
         self._missing = {name: (tuple(shape), dtype_of(dtype)) for name, (shape, dtype, _) in missing.items()}
         names = {name: tuple(map(str, known)) for name, (_, _, known) in missing.items()}
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, names)
@@ -110,6 +113,26 @@ class StoredWeights(Mapping[str, Tensor]):
             name = next(iter(self._missing))
             raise CheckpointError(f"the artifact holds graphs only: {len(self._missing)} weights are named, not stored",
                                   at=name, where=str(path.parent), help="give the checkpoint's folder: weights=...")  # fmt: skip
+
+    def facts(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a weight, read from nowhere but the header."""
+        stored = self._aliases.get(name, name)
+        known = self._missing.get(stored) or self._stored.get(stored)
+        if known is None:
+            raise CheckpointError("a weight is missing", at=stored, where=FILE, help="export the model again")
+        return known
+
+    def check(self, slot: Slot) -> None:
+        """Raise ArtifactError where a graph declares a weight that is not what is stored: packages do not look."""
+        facts = [self.facts(name) for name in slot.parts or (slot.name,)]
+        if slot.form:  # made of it when it is loaded
+            return
+        shapes = [shape for shape, _ in facts]
+        whole = shapes[0] if len(shapes) == 1 else (sum(shape[0] if shape else 0 for shape in shapes), *shapes[0][1:])
+        if whole != slot.shape or len({shape[1:] for shape in shapes}) > 1 or {dtype for _, dtype in facts} != {slot.dtype}:
+            found = ", ".join(f"{dtype_name(dtype)} {list(shape)}" for shape, dtype in facts)
+            raise ArtifactError(f"the graphs take {dtype_name(slot.dtype)} {list(slot.shape)}, the weights hold {found}",
+                                at=slot.name, where=FILE, help="export the model again")  # fmt: skip
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self._aliases.get(name, name)
@@ -120,15 +143,15 @@ class StoredWeights(Mapping[str, Tensor]):
                 raise CheckpointError(f"a weight has shape {tuple(tensor.shape)}, the graphs expect {shape}", at=stored,
                                       where=str(self._checkpoint.folder), help="give the model that was exported")  # fmt: skip
             return tensor.to(self._device, dtype)
-        if stored not in self._names:
+        if stored not in self._stored:
             raise CheckpointError("a weight is missing", at=stored, where=FILE, help="export the model again")
         return self._file.get_tensor(stored).to(self._device)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*sorted(self._names), *self._aliases, *self._missing])
+        return iter([*sorted(self._stored), *self._aliases, *self._missing])
 
     def __len__(self) -> int:
-        return len(self._names) + len(self._aliases) + len(self._missing)
+        return len(self._stored) + len(self._aliases) + len(self._missing)
 
 
 class Checkpoint:
@@ -162,6 +185,35 @@ class Checkpoint:
         """Base models are stored with and without their prefix."""
         known = (name, *self._names.get(name, ()))
         return next((key for one in known for key in (one, one.removeprefix("model.")) if key in self._where), None)
+
+
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of a safetensors file.
+
+    Raises:
+        CheckpointError: the header is too large, names a tensor twice, or is none.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > _LARGEST_HEADER:
+                raise ValueError(f"a header of {size} bytes")
+            told = json.loads(file.read(size), object_pairs_hook=_once)
+        return {
+            name: (tuple(map(int, one["shape"])), _DTYPES[one["dtype"]]) for name, one in told.items() if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the weights' header cannot be read: {str(error)[:120]}", at=path.name, where=str(path.parent),
+                              help="a truncated or corrupt file must be written again") from None  # fmt: skip
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless it says something twice: readers differ in which of the two they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names '{next(name for name in names if names.count(name) > 1)[:60]}' twice")
+    return found
 
 
 def open_safetensors(path: Path) -> Any:

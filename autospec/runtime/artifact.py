@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autospec.artifact.machine import why_not_here
 from autospec.artifact.manifest import EXPLAIN, TEXTS, read_manifest, refuse
-from autospec.artifact.values import facts_of, from_json, slot_from
+from autospec.artifact.values import facts_of, from_json, shape_from, slot_from
 from autospec.artifact.weights import StoredWeights
 from autospec.debug import PassText
 from autospec.errors import AutospecError
@@ -73,6 +73,11 @@ class Artifact:
             self.weights = StoredWeights(
                 self.file(stored["file"]), stored["aliases"], stored["missing"], weights, self.device
             )  # fmt: skip
+        for program in self.programs:
+            for graph in (*program.graphs, *program.packages):
+                for slot in graph.slots:
+                    if slot.kind == "weight":
+                        self.weights.check(slot)
 
     def why_not_packaged(self) -> str | None:
         """Why the packages cannot run on this machine, or None."""
@@ -137,7 +142,7 @@ class Artifact:
     def _programs(self) -> Iterator[StoredProgram]:
         for one in self.manifest["programs"]:
             packages = self._graphs(one["aot"]) if one.get("aot") else ()
-            yield StoredProgram(from_json(Shape, one["shape"]), self._graphs(one), packages)
+            yield StoredProgram(shape_from(one["shape"]), self._graphs(one), packages)
 
     def _graphs(self, described: Any) -> tuple[StoredGraph, ...]:
         known = {name: slot_from(slot) for name, slot in described["slots"].items()}

@@ -16,7 +16,11 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as FromFile
 
-        self._inner = FromFile.from_file(str(path))
+        try:
+            self._inner = FromFile.from_file(str(path))
+        except Exception as error:  # the package raises nothing narrower
+            raise ArtifactError(f"the tokenizer cannot be read: {str(error)[:120]}", at=path.name, where=str(path.parent),
+                                help="export the model again") from None  # fmt: skip
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, special tokens included where the tokenizer adds them."""

@@ -18,8 +18,9 @@ import torch
 import autospec
 from autospec.artifact import manifest
 from autospec.artifact.weights import FILE
-from autospec.errors import ArtifactError
+from autospec.errors import ArtifactError, CheckpointError
 from autospec.ir.archive import why_not_data
+from autospec.runtime.text import load_tokenizer
 
 GRAPH = "graphs/2x96-greedy/step_4.pt2"
 
@@ -149,6 +150,56 @@ def test_a_manifest_without_one_of_its_parts(sealed: Callable[..., Path], key: s
 
 def test_a_manifest_without_programs(sealed: Callable[..., Path]) -> None:
     assert "does not describe a program" in refusal(sealed(lambda content: content.update(programs=[])))
+
+
+def rewrite_header(path: Path, change: Callable[[dict[str, Any]], bytes | None], size: int | None = None) -> None:
+    """Rewrite a safetensors header after change(header), which may return what to write instead."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    text = change(header) or json.dumps(header).encode()
+    path.write_bytes((size or len(text)).to_bytes(8, "little") + text + data[end:])
+
+
+def twice(header: dict[str, Any]) -> bytes:
+    name = next(iter(header))
+    return (json.dumps(header)[:-1] + f", {json.dumps({name: header[name]})[1:]}").encode()
+
+
+def matrix(header: dict[str, Any]) -> dict[str, Any]:
+    """An entry that is not square."""
+    return next(one for one in header.values() if len(set(one["shape"])) == 2)
+
+
+HEADERS: dict[str, tuple[Callable[[dict[str, Any]], bytes | None], int | None, str]] = {
+    "turned": (lambda h: matrix(h).update(shape=matrix(h)["shape"][::-1]), None, "the graphs take"),
+    "another dtype": (lambda h: matrix(h).update(dtype="I32"), None, "the graphs take"),
+    "twice": (twice, None, "twice"),
+    "too large": (lambda h: None, 1 << 62, "header too large"),
+    "overlapping": (lambda h: [*h.values()][1].update(data_offsets=next(iter(h.values()))["data_offsets"]), None, "cannot be read"),
+    "no header": (lambda h: b"[]", None, "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_weights_that_no_graph_takes(sealed: Callable[..., Path], broken: Path, case: str, untouched: list[str]) -> None:
+    change, size, message = HEADERS[case]
+    rewrite_header(broken / FILE, change, size)
+    with pytest.raises((ArtifactError, CheckpointError), match=message):
+        autospec.load(sealed(), compile="eager")
+    assert not untouched
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "2", None])
+def test_a_program_of_no_size(sealed: Callable[..., Path], size: Any) -> None:
+    text = refusal(sealed(lambda content: content["programs"][0]["shape"].update(page_size=size)))
+    assert "describes a program of page_size" in text
+
+
+def test_a_tokenizer_that_is_none(broken: Path, refused: Callable[..., Any]) -> None:
+    (broken / "tokenizer").mkdir(exist_ok=True)
+    (broken / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert "the tokenizer cannot be read" in str(refused(ArtifactError, lambda: load_tokenizer(broken)))
 
 
 def repack(path: Path, change: Callable[[dict[str, bytes]], Any], compression: int = zipfile.ZIP_STORED) -> None:

@@ -62,7 +62,7 @@ class OptimizedModel:
     _weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
     _is_running: bool = field(default=False, repr=False, compare=False)
-    _acceptance: tuple[float, ...] = ()  # synthetic, of a bench of random weights; nothing that a user passes leads here
+    _acceptance: tuple[float, ...] = ()  # synthetic, of a bench; nothing else that a user passes leads here
 
     @property
     def program(self) -> Program:

@@ -222,7 +222,7 @@ def step(
     """Verify `draft_len` drafts per request, commit, and seed the next draft.
 
     Args:
-        acceptance: rates by depth that a bench of random weights asks for; (): the target decides.
+        acceptance: synthetic rates by depth that a bench asks for; (): the target decides.
     """
     sizes, tree = state_shape(shape, facts), shape.tree
     next_n = draft_len + 1 if tree.is_chain else tree.num_nodes

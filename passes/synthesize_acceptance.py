@@ -5,8 +5,8 @@
                                                        %n, ... = autospec.accept_tree(%synthetic, ...)
 
 Legal: it is not, and on purpose: what is emitted is no longer the target's choice. Everything else of a step stays and
-costs what it cost, so that random weights decode at the speed of a trained draft. Only `autospec bench --shape` asks for
-it; no option of `autospec.optimize` leads here.
+costs what it cost, so that random weights decode at the speed of a trained draft. Only `autospec bench` asks for it; no
+option of `autospec.optimize` leads here.
 """
 
 from __future__ import annotations

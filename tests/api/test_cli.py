@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 
+from autospec import bench, check_draft, cli, zoo
+from autospec.benching import artifact, shape
 from autospec.cli import main
+from autospec.errors import AutospecError
 
 
 @pytest.mark.parametrize("verb", ["zoo", "bench", "check-draft"])
@@ -20,6 +28,40 @@ def test_all_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     shown = capsys.readouterr().out
     assert all(f"\n    {verb}" in shown for verb in ("demo", "generate", "train", "bench", "check-draft", "zoo"))
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every `autospec ...` that stands on a line of its own, behind the name."""
+    lines = re.findall(r"^ +autospec +(.+?)(?: +#.*)?$", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+def parser_for(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
+    verb, *rest = words
+    if verb == "bench":
+        kind = shape if "--shape" in rest else artifact if rest[0] == "exported" else bench
+        return kind.parser(), rest
+    own = {"check-draft": check_draft.parser, "zoo": zoo.parser}
+    return (own[verb](), rest) if verb in own else (cli._parser(), words)
+
+
+def test_what_the_readme_and_every_help_show_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    verbs = ("demo", "generate", "export", "explain", "passes", "run", "bench", "bench --shape x", "check-draft", "zoo",
+             "train eagle3", "train medusa", "train", "")  # fmt: skip
+    for verb in verbs:
+        with pytest.raises(SystemExit):
+            main([*verb.split(), "--help"])
+        told = capsys.readouterr().out.partition("example:\n")[2]
+        assert commands(told), f"autospec {verb} --help shows no example"
+        shown += told
+    found = commands(shown)
+    assert len(found) > 25
+    for words in found:
+        parser, rest = parser_for(words)
+        parser.parse_args(rest)
+    with pytest.raises(AutospecError):
+        parser_for(["bench", "m", "--batch-size", "1"])[0].parse_args(["m", "--batch-size", "1"])
 
 
 @pytest.mark.parametrize(

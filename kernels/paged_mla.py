@@ -125,6 +125,32 @@ def choose_tile(q_latent: Tensor, latent_pages: Tensor, page_table: Tensor) -> T
 
 
 @jit
+def score_latents(b_q, b_qe, b_c, b_e, is_never):
+    """Scores [M, T] of queries b_q, b_qe and rows b_c, b_e.
+
+    Where a product flows into another, Triton gives every group of four warps all of its columns, as flash attention with
+    128 rows wants it; with 64 rows both groups then compute the same. What flows through a branch it does not follow, so
+    that the groups share the columns (44 instead of 72 wgmma, triton 3.9 for sm_90). The caller's mask is such a branch.
+    """
+    b_s = tl.dot(b_qe, tl.trans(b_e), input_precision="ieee")
+    if is_never:
+        b_s = b_s * 0.0
+    return tl.dot(b_q, tl.trans(b_c), b_s, input_precision="ieee")
+
+
+@jit
+def fold_scores(b_s, b_c, b_top, b_sum, b_acc, factor):
+    """One step of the online softmax in powers of two; b_top is finite, so that a row that sees nothing stays 0. The sum's
+    columns [M, T] are added up once at the end: between warps that takes a barrier."""
+    b_new = tl.maximum(b_top, tl.max(b_s, 1) * factor)  # the factor is positive: the highest score stays the highest
+    b_p = tl.exp2(b_s * factor - b_new[:, None])
+    b_keep = tl.exp2(b_top - b_new)
+    b_sum = b_sum * b_keep[:, None] + b_p
+    b_acc = tl.dot(b_p.to(b_c.dtype), b_c, b_acc * b_keep[:, None], input_precision="ieee")
+    return b_new, b_sum, b_acc
+
+
+@jit
 def attend_latents(
     p_q, p_qe, p_pages, p_table, p_lens, p_q_lens, p_mask, p_out, p_lse,
     stride_qb, stride_qn, stride_qh, stride_eb, stride_en, stride_eh, stride_tb, q_len, earlier, max_pages, scale,
@@ -165,7 +191,7 @@ def attend_latents(
     capacity = max_pages * PAGE
 
     b_top = tl.full((M,), -1.0e30, tl.float32)
-    b_sum = tl.zeros((M,), tl.float32)
+    b_sum = tl.zeros((M, T), tl.float32)
     b_acc = tl.zeros((M, BLOCK_R), tl.float32)
     page_0, page_1, page_2, page_3 = block_pages(p_table, i_s, capacity, T, PAGE)
     for i_t in range(i_s, blocks, SPLITS):
@@ -174,23 +200,16 @@ def attend_latents(
         page_0, page_1, page_2, page_3 = block_pages(p_table, i_t + SPLITS, capacity, T, PAGE)
         b_c = load_rows(p_pages, b_row, o_t < end, o_r, R + E, R)
         b_e = load_rows(p_pages + R, b_row, o_t < end, o_e, R + E, E)
-        b_s = tl.dot(b_q, tl.trans(b_c), input_precision="ieee")
-        b_s = tl.dot(b_qe, tl.trans(b_e), b_s, input_precision="ieee")
+        b_s = score_latents(b_q, b_qe, b_c, b_e, kv_len < 0)
         if i_t >= full:
             if p_mask is not None:
                 m_visible = linked_nodes(p_mask, i_t, kv_len, o_tree, m_m, WORDS, T) | (o_t < kv_len)[None, :]
             else:
                 m_visible = o_t[None, :] <= (kv_len + o_node)[:, None]
             b_s = tl.where(m_visible & (o_t < end)[None, :], b_s, -float("inf"))
-        # The online softmax in powers of two; b_top is finite, so that a row that sees nothing stays 0.
-        b_new = tl.maximum(b_top, tl.max(b_s, 1) * factor)  # the factor is positive: the highest score stays the highest
-        b_p = tl.exp2(b_s * factor - b_new[:, None])
-        b_keep = tl.exp2(b_top - b_new)
-        b_sum = b_sum * b_keep + tl.sum(b_p, 1)
-        b_acc = tl.dot(b_p.to(b_c.dtype), b_c, b_acc * b_keep[:, None], input_precision="ieee")
-        b_top = b_new
+        b_top, b_sum, b_acc = fold_scores(b_s, b_c, b_top, b_sum, b_acc, factor)
 
-    b_sum = tl.where(m_m, b_sum, 0.0)
+    b_sum = tl.where(m_m, tl.sum(b_sum, 1), 0.0)
     o_row = (i_b * q_len + o_node) * H + o_head
     store_share(p_out, p_lse, o_row, i_s, o_node < q_len, b_top, b_sum, b_acc, o_r, R, SPLITS)
 

@@ -30,8 +30,8 @@ from autospec.kernels.launch import (
     tl,
     wrap_triton,
 )
-from autospec.kernels.paged_attention import fold_in, load_rows
-from autospec.kernels.paged_mla import Tile, paged_mla_triton, pick_tile, random_case
+from autospec.kernels.paged_attention import load_rows
+from autospec.kernels.paged_mla import Tile, fold_scores, paged_mla_triton, pick_tile, random_case, score_latents
 from autospec.kernels.paged_mla import why_not_triton as why_not_triton_mla
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.splits import combine, split_buffers, store_share
@@ -62,8 +62,8 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
     return why_not_triton_mla(args)
 
 
-# As paged_mla's: rows of all requests from which a tile serves. Not tuned, only sized: blocks of 32 slots instead of 64, since
-# every row has an address of its own (compiled for sm_90 by triton 3.9, 64 spill 304 bytes a thread, 32 spill 112).
+# As paged_mla's: rows of all requests from which a tile serves. Not tuned, only sized: blocks of 32 slots fit twice with room
+# to spare; 64 take 225 of 227 KB of shared memory (compiled for sm_90 by triton 3.9; neither spills).
 TILES = {0: Tile(64, 32, 64, 8, 2)}
 WIDE_TILES = {0: Tile(16, 16, 64, 4, 2)}
 
@@ -92,7 +92,7 @@ def attend_selected(
         gdc_wait()
     i_n, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    scale = tl.cast(scale, tl.float32)
+    factor = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e)
     o_m = i_m * M + tl.arange(0, M)
     o_r, o_e = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
     m_m = o_m < H
@@ -104,23 +104,25 @@ def attend_selected(
     p_table += i_b * stride_tb
 
     b_top = tl.full((M,), -1.0e30, tl.float32)
-    b_sum = tl.zeros((M,), tl.float32)
+    b_sum = tl.zeros((M, T), tl.float32)
     b_acc = tl.zeros((M, BLOCK_R), tl.float32)
     for i_t in range(i_s * T, K, SPLITS * T):  # the splits take turns: what is selected stands in front
         o_t = i_t + tl.arange(0, T)
         b_slot = tl.load(p_indices + o_t, mask=o_t < K, other=-1)
-        m_t = b_slot >= 0
+        m_t, lowest = b_slot >= 0, tl.min(b_slot, 0)
         b_row = tl.load(p_table + b_slot // PAGE, mask=m_t, other=0)
         if IS_WIDE:
             b_row = b_row.to(tl.int64)
         b_row = b_row * PAGE + b_slot % PAGE
         b_c = load_rows(p_pages, b_row, m_t, o_r, R + E, R)
         b_e = load_rows(p_pages + R, b_row, m_t, o_e, R + E, E)
-        b_rope = tl.dot(b_qe, tl.trans(b_e), input_precision="ieee") * scale
-        b_top, b_sum, b_acc = fold_in(b_q, b_c, b_c, m_t[None, :], b_rope, b_top, b_sum, b_acc, scale, 0.0)
+        b_s = score_latents(b_q, b_qe, b_c, b_e, lowest < -1)
+        if lowest < 0:
+            b_s = tl.where(m_t[None, :], b_s, -float("inf"))
+        b_top, b_sum, b_acc = fold_scores(b_s, b_c, b_top, b_sum, b_acc, factor)
 
     o_row = (i_b * q_len + i_n) * H + o_m
-    store_share(p_out, p_lse, o_row, i_s, m_m, b_top, b_sum, b_acc, o_r, R, SPLITS)
+    store_share(p_out, p_lse, o_row, i_s, m_m, b_top, tl.sum(b_sum, 1), b_acc, o_r, R, SPLITS)
 
 
 def attend_indices(

@@ -24,7 +24,7 @@ class Compiler:
     """Stands in for wrap_triton: launching a kernel compiles it for sm_90 instead."""
 
     def __init__(self) -> None:
-        self.compiled: list[tuple[str, int]] = []  # kernel, bytes of shared memory
+        self.compiled: list[tuple[str, int]] = []  # kernel, its wgmma instructions
 
     def __call__(self, kernel: Any, waits: bool = False) -> Any:
         assert waits == ("WAITS" in kernel.arg_names), f"{kernel.__name__} waits, or is launched as if it did"
@@ -49,11 +49,16 @@ class Compiler:
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
         binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert binary.metadata.shared <= SHARED_MEMORY, f"{self.kernel.__name__} needs {binary.metadata.shared} bytes"
-        self.compiled.append((self.kernel.__name__, binary.metadata.shared))
+        self.compiled.append((self.kernel.__name__, binary.asm["ptx"].count("wgmma.mma_async")))
 
 
 def compile_call(monkeypatch: pytest.MonkeyPatch, file: str, function: str, *args: Any) -> list[str]:
     """Names of the kernels that a launcher would launch, all compiled."""
+    return [name for name, _ in compiled(monkeypatch, file, function, *args)]
+
+
+def compiled(monkeypatch: pytest.MonkeyPatch, file: str, function: str, *args: Any) -> list[tuple[str, int]]:
+    """The same with the number of products on tensor cores, each as wide as the compiler made it."""
     module = importlib.import_module(f"autospec.kernels.{file}")
     if not isinstance(getattr(module, "wrap_triton", None), type(lambda: 0)):
         pytest.skip("kernels are interpreted in this process")
@@ -63,7 +68,7 @@ def compile_call(monkeypatch: pytest.MonkeyPatch, file: str, function: str, *arg
         if hasattr(one, "can_wait"):
             monkeypatch.setattr(one, "can_wait", lambda tensor: True)
     getattr(module, function)(*args)
-    return [name for name, _ in compiler.compiled]
+    return compiler.compiled
 
 
 def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -165,13 +170,16 @@ def test_paged_mla_compiles(monkeypatch, name):
     case: dict[str, Any] = {"batch": 1, "q_len": 4, "rank": 512, "rope": 64, "page": 64, "dtype": torch.bfloat16, "has_tree": False}
     case |= LATENT[name]
     batch, q_len, rank, rope, dtype = (case[key] for key in ("batch", "q_len", "rank", "rope", "dtype"))
-    kernels = compile_call(
+    kernels = compiled(
         monkeypatch, "paged_mla", "paged_mla_triton",
         torch.zeros(batch, q_len, 128, rank, dtype=dtype), torch.zeros(batch, q_len, 128, rope, dtype=dtype),
         torch.zeros(3, case["page"], rank + rope, dtype=dtype), ints(batch, 64), ints(batch), None,
         ints(batch, q_len, 1) if case["has_tree"] else None, 0.1,
     )
-    assert kernels[0] == "attend_latents"
+    assert kernels[0][0] == "attend_latents"
+    if (rank, dtype) == (512, torch.bfloat16):
+        # 512 + 64 elements of 32 slots, 16 a product, and 64 slots of 256 elements; 72 where both groups of warps do all scores.
+        assert kernels[0][1] == 36 + 4
 
 
 @pytest.mark.parametrize(("dims", "page", "dtype"), [((128, 128), 64, torch.bfloat16), ((192, 256), 16, torch.float16),

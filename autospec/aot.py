@@ -8,10 +8,10 @@ kernels, which travel with it.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import shutil
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from autospec import debug, pipeline
 from autospec.artifact.machine import machine
@@ -88,9 +89,9 @@ def compile_package(module: fx.GraphModule, path: Path) -> None:
         "cpp.threads": max(2, torch.get_num_threads()),
     }  # fmt: skip
     try:
-        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-            if sys.platform == "linux":
-                options["cpp.cxx"] = (None, str(_self_contained_compiler(Path(folder))))
+        if sys.platform == "linux":
+            options["cpp.cxx"] = (None, str(_self_contained_compiler()))
+        with torch.no_grad():
             torch._inductor.aoti_compile_and_package(
                 as_exported(plain, examples), package_path=str(path), inductor_configs=options
             )
@@ -105,15 +106,22 @@ def compile_package(module: fx.GraphModule, path: Path) -> None:
     refuse_page_copies(sources, [slot for slot in slots(module) if slot.kind == "state"])
 
 
-def _self_contained_compiler(folder: Path) -> Path:
+def _self_contained_compiler() -> Path:
     """The C++ compiler with a linker that binds a library's symbols to itself; Inductor has no option for that.
 
     A package holds std::regex as its compiler makes it, and a process may hold another compiler's: on Ubuntu 24.04 (g++ 13.3,
     torch 2.11+cu130) each package crashed while it was loaded, one that adds two tensors as well.
     """
-    script = folder / "g++"  # Inductor knows compilers by their names
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(get_cpp_compiler())} "$@" -Wl,-Bsymbolic\n')
-    script.chmod(0o755)
+    # Inductor knows compilers by their names, and keeps precompiled headers by their paths.
+    script = Path(cache_dir()) / "autospec" / "g++"
+    compiler = shlex.quote(get_cpp_compiler())
+    text = f'#!/bin/sh\ncase " $* " in *" -shared "*) set -- "$@" -Wl,-Bsymbolic ;; esac\nexec {compiler} "$@"\n'
+    if not script.exists() or script.read_text() != text:
+        script.parent.mkdir(parents=True, exist_ok=True)
+        fresh = script.with_suffix(f".{os.getpid()}")  # renamed, so that no other process runs half a script
+        fresh.write_text(text)
+        fresh.chmod(0o755)
+        fresh.replace(script)
     return script
 
 

@@ -23,6 +23,7 @@ from autospec.kernels.launch import (
     jit,
     multiprocessors,
     no_gpu,
+    power_of_2,
     rows_of,
     tl,
     wrap_triton,
@@ -63,6 +64,7 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
 
 
 BLOCK_S = 2048  # slots at a time; a split holds at least one block
+MOST_WHOLE = 16384  # slots that one program keeps in registers, 16 in each of 1024 threads; a guess
 
 # A row (i_r) is node i_n of request i_b; S splits (i_s) of its slots, each a run of blocks (o_s). The lowest score kept
 # is found as `ordered`, eight bits a launch, the highest first: a split counts those of its scores that may still be it
@@ -205,6 +207,42 @@ def write_best(
             tl.store(p_out + o_k, tl.full((BLOCK_S,), -1, tl.int32), mask=o_k < width)
 
 
+@jit
+def select_row(
+    p_logits, p_lens, p_q_lens, p_mask, p_out, stride_lb, stride_ln, q_len, earlier, num_slots, index_topk, width,
+    WORDS: tl.constexpr, BLOCK_S: tl.constexpr, WAITS: tl.constexpr,
+):
+    """The same for a whole row in one program, which holds all of its scores."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
+    i_r = tl.program_id(0).to(tl.int64)
+    i_b, i_n = i_r // q_len, (i_r % q_len).to(tl.int32)
+    kv_len, end, _, scored = row_of_split(p_lens, p_q_lens, i_b, i_n, q_len, earlier, num_slots, index_topk, 1, BLOCK_S)
+    p_out += i_r * width
+    p_logits += i_b * stride_lb + i_n * stride_ln
+    if p_mask is not None:
+        p_mask += i_b * (q_len + earlier) * WORDS
+    o_s = tl.arange(0, BLOCK_S)
+    b_key, m_s = load_keys(p_logits, p_mask, o_s, end, scored, kv_len, earlier, i_n, WORDS)
+    total = tl.minimum(index_topk, tl.sum(m_s.to(tl.int32), 0))
+    kept, rank = tl.full((), 0, tl.uint32), total
+    for stage in tl.static_range(4):
+        b_digit = b_key >> (24 - 8 * stage)
+        m_equal = m_s
+        if stage > 0:
+            m_equal = m_s & ((b_digit >> 8) == kept)
+        digit, higher = pick_digit(tl.histogram((b_digit & 255).to(tl.int32), 256, mask=m_equal), rank)
+        kept = kept * 256 + digit.to(tl.uint32)
+        rank -= higher
+    b_tie = (m_s & (b_key == kept)).to(tl.int32)
+    m_kept = m_s & ((b_key > kept) | ((b_tie > 0) & (tl.cumsum(b_tie, 0) <= rank)))
+    tl.store(p_out + tl.cumsum(m_kept.to(tl.int32), 0) - 1, o_s, mask=m_kept)
+    for i_k in range(total, width, BLOCK_S):
+        o_k = i_k + o_s
+        tl.store(p_out + o_k, tl.full((BLOCK_S,), -1, tl.int32), mask=o_k < width)
+
+
 def choose_splits(logits: Tensor) -> int:
     """Splits that keep a block each and fill the GPU about once, from shapes alone; at most 32: each reads all counts."""
     rows, num_slots = logits.shape[0] * logits.shape[1], logits.shape[2]
@@ -239,11 +277,30 @@ def select_slots(
     return out
 
 
+def select_rows(
+    logits: Tensor, kv_lens: Tensor, index_topk: int, q_lens: Tensor | None, tree_mask: Tensor | None
+) -> Tensor:
+    """One launch, a program for each row."""
+    logits = rows_of(logits)
+    batch, q_len, num_slots = logits.shape
+    out = logits.new_empty(batch, q_len, min(index_topk, num_slots), dtype=torch.int32)
+    mask = None if tree_mask is None else tree_mask.contiguous()
+    earlier, words = (0, 1) if mask is None else (mask.shape[1] - q_len, mask.shape[2])
+    block = max(power_of_2(num_slots), 16)
+    wrap_triton(select_row, waits=True)[(batch * q_len,)](
+        logits, kv_lens, q_lens, mask, out, logits.stride(0), logits.stride(1), q_len, earlier, num_slots, index_topk,
+        out.shape[2], WORDS=words, BLOCK_S=block, WAITS=can_wait(logits), num_warps=max(1, min(block // 512, 32)),
+    )
+    return out
+
+
 @dsa_topk.implementation("triton", why_not=why_not_triton, waits=True)
 def dsa_topk_triton(
     logits: Tensor, kv_lens: Tensor, index_topk: int, q_lens: Tensor | None = None, tree_mask: Tensor | None = None
 ) -> Tensor:
-    """A radix search over all splits of a row at once, then one pass that writes; nothing is sorted."""
+    """A radix search over all splits of a row at once, then one pass that writes; nothing is sorted. Short rows in one launch."""
+    if logits.shape[2] <= MOST_WHOLE:
+        return select_rows(logits, kv_lens, index_topk, q_lens, tree_mask)
     return select_slots(logits, kv_lens, index_topk, q_lens, tree_mask, choose_splits(logits), BLOCK_S)
 
 

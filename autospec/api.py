@@ -14,34 +14,22 @@ import torch
 from torch import Tensor
 
 from autospec import debug
-from autospec.config import Speculation, parse_speculation, tree_of
+from autospec.config import Speculation, parse_speculation
 from autospec.errors import CapacityError, OptionError
 from autospec.kernels.noise import row_key
-from autospec.program import CapturedHead, CapturedModel, ModelFacts, Program, Shape, state_bytes
+from autospec.limits import SMALLEST_BUCKET, Limits, next_power_of_two, saved_shapes, shape_for
+from autospec.program import CapturedHead, CapturedModel, Program, Shape, state_bytes
 from autospec.report import explain_text, pass_table
 from autospec.runtime.metrics import Metrics
-from autospec.runtime.options import GenerateOptions, check_names, parse
+from autospec.runtime.options import GenerateOptions, fields_of, parse
+from autospec.runtime.prompts import check_prompt, read_prompts, with_outputs
 from autospec.runtime.request import Request
 from autospec.runtime.session import Session
 from autospec.runtime.stopping import StopStrings
 from autospec.state import MAX_EOS
 from autospec.threads import limit_threads
-from autospec.trees import chain
 
 Draft = CapturedModel | CapturedHead
-
-_SAVED_LENGTH = 512  # tokens per row of an artifact unless said otherwise; a guess: caches cost memory from the start
-_SMALLEST_BUCKET = 128  # tokens; a program for fewer would be rebuilt for the next prompt
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the user fixed; None grows as needed."""
-
-    max_batch_size: int | None
-    max_length: int | None
-    page_size: int | None
-    exact: int = 0  # nodes of every step, where steps must be equal to the bit; 0: as many as pay
 
 
 @dataclass
@@ -68,7 +56,7 @@ class OptimizedModel:
     def program(self) -> Program:
         """The most recently built program; before the first call of generate, the smallest one is built."""
         if not self._sessions:
-            room = min(_SMALLEST_BUCKET, self.limits.max_length or _SMALLEST_BUCKET, self.target.facts.max_positions)
+            room = min(SMALLEST_BUCKET, self.limits.max_length or SMALLEST_BUCKET, self.target.facts.max_positions)
             self._session(1, room, sampling=False)
         return next(reversed(self._sessions.values())).program
 
@@ -86,35 +74,13 @@ class OptimizedModel:
         """Write an artifact that `autospec.load` runs without transformers: see `autospec.export`."""
         from autospec.exporter import Exported, export_to
 
-        shapes = self._saved_shapes(batch_sizes, max_length, sampling)
+        shapes = saved_shapes(self.target.facts, self.limits, self.speculation, batch_sizes, max_length, sampling)
         what = Exported(
             self.target, self.draft, self.speculation, shapes, self.sources, self.generation_defaults, self.left_out
         )
         return export_to(
             directory, what, compile=compile, overwrite=overwrite, progress=self.show_progress, checkpoint=checkpoint
         )
-
-    def _saved_shapes(
-        self, batch_sizes: Sequence[int], max_length: int | None, sampling: bool | None
-    ) -> tuple[Shape, ...]:
-        """One shape per batch size, greedy and sampling unless one of them is asked for."""
-        length = max_length or self.limits.max_length or min(_SAVED_LENGTH, self.target.facts.max_positions)
-        sizes = list(dict.fromkeys(batch_sizes))
-        for name, value in (("max_length", length), *(("batch_sizes", size) for size in sizes or [0])):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be positive integers, got {value!r}", at=f"{name}={value!r}",
-                                  where="autospec.export", help="for example batch_sizes=(1, 4), max_length=1024")  # fmt: skip
-        if length > self.target.facts.max_positions:
-            raise CapacityError(
-                f"max_length is {length}, but the model has {self.target.facts.max_positions} positions",
-                at=f"max_length={length}", where=self.target.facts.name, help="choose a smaller max_length",
-            )  # fmt: skip
-        limits = Limits(None, length, self.limits.page_size, self.limits.exact)
-        kinds = (False, True) if sampling is None else (sampling,)
-        made = [
-            shape_for(self.target.facts, limits, self.speculation, size, length, kind) for size in sizes for kind in kinds
-        ]
-        return tuple(dict.fromkeys(made))
 
     def explain(self) -> str:
         """What each pass did and why it left things alone, and the kernel chosen for each op."""
@@ -148,8 +114,8 @@ class OptimizedModel:
                               help="pass the prompt once")  # fmt: skip
         if input_ids is None:
             raise OptionError("generate needs input_ids", at="input_ids=None", where="generate", help="pass a prompt")
-        asked = parse(options, _as_dict(generation_config), self.generation_defaults)
-        ids, prompts = _prompts(input_ids, attention_mask, asked.pad_id)
+        asked = parse(options, fields_of(generation_config), self.generation_defaults)
+        ids, prompts = read_prompts(input_ids, attention_mask, asked.pad_id)
         requests = self._requests(ids, prompts, asked)
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise OptionError(f"a streamer needs put and end, {type(streamer).__name__} lacks them", at="streamer",
@@ -189,7 +155,7 @@ class OptimizedModel:
         finally:
             if streamer is not None:
                 streamer.end()
-        return _assemble(ids, requests, asked)
+        return with_outputs(ids, requests, asked)
 
     def _requests(self, ids: Tensor, prompts: list[list[int]], asked: GenerateOptions) -> list[Request]:
         facts = self.target.facts
@@ -200,7 +166,7 @@ class OptimizedModel:
         stop = StopStrings(asked.tokenizer, asked.stop_strings) if asked.stop_strings is not None else None
         requests = []
         for number, prompt in enumerate(prompts):
-            _check_prompt(number, prompt, count, facts)
+            check_prompt(number, prompt, count, facts)
             for copy in range(asked.num_return_sequences):
                 key = row_key(asked.seed, number, copy)
                 requests.append(Request(prompt, count, asked.sampling, key, should_stop=stop))
@@ -272,30 +238,6 @@ class OptimizedModel:
             self.target, self.draft, self.speculation, shape, self.compile, self._weights, self.show_progress,
             self.left_out, self._acceptance,
         )  # fmt: skip
-
-
-def shape_for(
-    facts: ModelFacts, limits: Limits, speculation: Speculation, batch: int, longest: int, sampling: bool
-) -> Shape:
-    """What a program is specialised for, to hold requests of `longest` tokens."""
-    on_cpu = facts.device.type == "cpu"
-    length = limits.max_length
-    if length is None:
-        length = min(max(_SMALLEST_BUCKET, next_power_of_two(longest)), facts.max_positions)
-        length = max(length, longest)
-    elif longest > length:
-        raise CapacityError(
-            f"a request needs {longest} tokens, the cache was limited to {length} per row",
-            at=f"max_length={length}", where="autospec.optimize",
-            help="lower max_new_tokens, or optimize with a larger max_length",
-        )  # fmt: skip
-    if limits.max_batch_size is not None:
-        batch = min(batch, limits.max_batch_size)
-    # A CPU reads every page of the table, so small pages waste less; on an H100 64 is up to 6% faster than 16.
-    page_size = limits.page_size or (32 if on_cpu else 64)
-    prefill_len = min(64 if on_cpu else 512, length)
-    tree = chain(limits.exact - 1) if limits.exact else tree_of(speculation)
-    return Shape(batch, length, page_size, prefill_len, tree, sampling, is_exact=limits.exact > 0)
 
 
 def optimize(
@@ -396,111 +338,6 @@ def export(
     )  # fmt: skip
 
 
-def _as_dict(generation_config: Any) -> Mapping[str, Any] | None:
-    """The fields of a generation config; unknown ones are refused in a dictionary, checkpoints may carry them."""
-    if generation_config is None:
-        return None
-    if isinstance(generation_config, Mapping):
-        check_names("generation_config", generation_config)
-        return generation_config
-    if not hasattr(generation_config, "to_dict"):
-        raise OptionError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}",
-                          at=f"generation_config={generation_config!r:.60}", where="generate",
-                          help="pass transformers' GenerationConfig or a dictionary of its fields")  # fmt: skip
-    fields: Mapping[str, Any] = generation_config.to_dict()
-    return fields
-
-
-def _prompts(input_ids: Any, attention_mask: Any, pad_id: int) -> tuple[Tensor, list[list[int]]]:
-    """The padded ids [B, S] as given, and each row's real tokens."""
-    if isinstance(input_ids, Mapping):
-        if "input_ids" not in input_ids:
-            raise OptionError("the mapping holds no input_ids", at=f"keys {', '.join(map(str, input_ids))}"[:80],
-                              where="generate", help="pass what the tokenizer returned")  # fmt: skip
-        attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
-        input_ids = input_ids["input_ids"]
-    if isinstance(input_ids, str) or (isinstance(input_ids, (list, tuple)) and any(isinstance(x, str) for x in input_ids)):
-        raise OptionError("generate takes token ids, not text", at=f"input_ids={input_ids!r:.40}", where="generate",
-                          help="tokenize the text first: tokenizer(text, return_tensors='pt').input_ids")  # fmt: skip
-    rows = _rows_of(input_ids) if attention_mask is None else None
-    if rows is not None:
-        width = max(len(row) for row in rows)
-        padded = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], dtype=torch.int64)
-        return padded.reshape(len(rows), width), rows
-    ids = _as_tensor(input_ids, "input_ids")
-    if ids.dim() == 1:
-        ids = ids[None]
-    if ids.numel() == 0:
-        raise CapacityError("the prompt is empty", at=f"input_ids of shape {tuple(ids.shape)}", where="generate",
-                            help="give at least one token, for example the bos token")  # fmt: skip
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise OptionError(f"input_ids must be integers [batch, length], got {ids.dtype} of shape {tuple(ids.shape)}",
-                          at="input_ids", where="generate", help="pass token ids, one row per prompt")  # fmt: skip
-    ids = ids.long()
-    if attention_mask is None:
-        return ids, ids.tolist()
-    given = _as_tensor(attention_mask, "attention_mask")
-    if not bool(((given == 0) | (given == 1)).all()):
-        raise OptionError("attention_mask must hold 0 for padding and 1 for tokens", at="attention_mask", where="generate",
-                          help="an additive mask cannot be given here")  # fmt: skip
-    mask = given.bool().to(ids.device)
-    mask = mask[None] if mask.dim() == 1 else mask
-    if mask.shape != ids.shape:
-        raise OptionError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}",
-                          at="attention_mask", where="generate", help="give one entry per token")  # fmt: skip
-    # A prompt is one run of ones: it starts at most once.
-    starts = torch.nn.functional.pad(mask.int(), (1, 0)).diff(dim=1).clamp(min=0).sum(1)
-    if bool((starts > 1).any()):
-        raise OptionError(f"attention_mask has holes inside the prompt of row {int(starts.argmax())}",
-                          at="attention_mask", where="generate", help="pad on the left or the right only")  # fmt: skip
-    return ids, [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-
-
-def _rows_of(input_ids: Any) -> list[list[int]] | None:
-    """A list of prompts, each a list or a tensor of ids; None if input_ids is something else."""
-    if not isinstance(input_ids, (list, tuple)) or not input_ids:
-        return None
-    if not all(isinstance(row, (list, tuple)) or (isinstance(row, Tensor) and row.dim() > 0) for row in input_ids):
-        return None
-    rows = [row.reshape(-1).tolist() if isinstance(row, Tensor) else list(row) for row in input_ids]
-    for number, row in enumerate(rows):
-        wrong = [token for token in row if isinstance(token, (bool, float, str)) or not hasattr(token, "__index__")]
-        if wrong:
-            raise OptionError(f"the prompt of row {number} holds {wrong[0]!r:.40}, which is no token id",
-                              at=f"input_ids[{number}]", where="generate", help="tokenize the text first")  # fmt: skip
-        huge = [token for token in row if abs(int(token)) >= 2**31]
-        if huge:
-            raise OptionError(f"token id {huge[0]} is no token id", at=f"input_ids[{number}]", where="generate",
-                              help="was another tokenizer used?")  # fmt: skip
-    return [[int(token) for token in row] for row in rows]
-
-
-def _as_tensor(value: Any, name: str) -> Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"{name} is no rectangular array of integers: {str(error).splitlines()[0]}"[:200], at=name,
-                          where="generate", help="pass a tensor or a list of prompts") from None  # fmt: skip
-
-
-def _check_prompt(number: int, prompt: list[int], count: int, facts: Any) -> None:
-    if not prompt:
-        raise CapacityError(f"the prompt of row {number} is empty", at="input_ids", where="generate",
-                            help="give at least one token, for example the bos token")  # fmt: skip
-    if len(prompt) + count > facts.max_positions:
-        raise CapacityError(
-            f"row {number} asks for {len(prompt)} prompt tokens and {count} new ones, "
-            f"but the model has {facts.max_positions} positions",
-            at=f"prompt of {len(prompt)} tokens, max_new_tokens={count}", where=facts.name,
-            help="shorten the prompt or lower max_new_tokens",
-        )  # fmt: skip
-    wrong = [token for token in prompt if not 0 <= token < facts.vocab_size]
-    if wrong:
-        raise OptionError(f"token id {wrong[0]} is outside the vocabulary of {facts.vocab_size}",
-                          at=f"row {number}", where="generate",
-                          help="mask padding with attention_mask; was another tokenizer used?")  # fmt: skip
-
-
 def _stream_to(streamer: Any) -> Any:
     if streamer is None:
         return None
@@ -510,14 +347,6 @@ def _stream_to(streamer: Any) -> Any:
             streamer.put(torch.tensor([token]))
 
     return emit
-
-
-def _assemble(ids: Tensor, requests: list[Request], asked: GenerateOptions) -> Tensor:
-    """Prompts as they were given, outputs behind them, padded on the right."""
-    width = max(len(request.output) for request in requests)
-    rows = [request.output + [asked.pad_id] * (width - len(request.output)) for request in requests]
-    prompts = ids.repeat_interleave(asked.num_return_sequences, dim=0)
-    return torch.cat([prompts, torch.tensor(rows, dtype=ids.dtype, device=ids.device)], dim=1)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -531,9 +360,4 @@ def _free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def next_power_of_two(value: int) -> int:
-    """The lowest power of two that is at least `value`."""
-    return 1 << max(0, value - 1).bit_length()
-
-
-__all__ = ["OptimizedModel", "export", "optimize"]
+__all__ = ["Limits", "OptimizedModel", "export", "optimize"]

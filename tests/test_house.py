@@ -24,7 +24,7 @@ FLOORS = {
     "autospec.threads": 0, "autospec.arguments": 0,
     "autospec.kernels": 1, "autospec.ir": 1, "autospec.masks": 1,
     "autospec.model_zoo": 2, "autospec.program": 2, "autospec.state": 2, "autospec.heads": 2, "autospec.drafting": 2,
-    "autospec.artifact": 2,
+    "autospec.artifact": 2, "autospec.limits": 2,
     "autospec.passes": 3,
     "autospec.capture": 4, "autospec.decompose": 4, "autospec.exactness": 4,
     "autospec.capture_head": 4, "autospec.legality": 4, "autospec.loading": 4, "autospec.assemble": 4,

@@ -192,3 +192,18 @@ def _sampling(merged: Mapping[str, Any]) -> SamplingParams:
         )  # fmt: skip
     min_p = 0.0 if merged["min_p"] is None else _number(merged, "min_p")
     return SamplingParams(temperature, min(_integer(merged, "top_k", 0) or 0, 2**31 - 1), _number(merged, "top_p"), min_p, penalty)
+
+
+def fields_of(generation_config: Any) -> Mapping[str, Any] | None:
+    """The fields of a generation config; unknown ones are refused in a dictionary, checkpoints may carry them."""
+    if generation_config is None:
+        return None
+    if isinstance(generation_config, Mapping):
+        check_names("generation_config", generation_config)
+        return generation_config
+    if not hasattr(generation_config, "to_dict"):
+        raise OptionError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}",
+                          at=f"generation_config={generation_config!r:.60}", where="generate",
+                          help="pass transformers' GenerationConfig or a dictionary of its fields")  # fmt: skip
+    fields: Mapping[str, Any] = generation_config.to_dict()
+    return fields

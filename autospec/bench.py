@@ -26,7 +26,8 @@ from tqdm import tqdm
 from autospec.api import Limits, OptimizedModel, optimize
 from autospec.arguments import Parser, check_at_least, check_files, sizes
 from autospec.benching import artifact, grid, profile, shape
-from autospec.benching.contenders import Contender, Ours, Timed, Transformers, in_turn
+from autospec.benching.contenders import TRANSFORMERS, Contender, Ours, Timed, Transformers, in_turn
+from autospec.benching.differences import compare
 from autospec.benching.picture import draw
 from autospec.benching.record import recorded
 from autospec.benching.results import Bench, Parts, Run
@@ -108,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
         draw(bench, asked.picture)
         print(f"\npicture: {asked.picture}")
     if not bench.is_identical:
-        print("\n" + grid.DIFFERS)
+        print("\n" + "\n".join([*(one.text() for one in bench.differences), grid.DIFFERS]))
     return 0 if bench.is_identical else 1
 
 
@@ -147,7 +148,13 @@ def measure(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation
     runs[0].steps = [[] for _ in prompts]
     split_steps(runs, prompts)
     sweeps = _sweeps(asked, runs, prompts, options) if asked.sweep_tree else []
-    return Bench(title, runs, sweeps, reference, must_equal=asked.temperature == 0)
+    bench = Bench(title, runs, sweeps, reference, must_equal=asked.temperature == 0)
+    explaining = module if asked.temperature == 0 else None
+    outputs = {run.name: run.outputs for run in runs[1:]}
+    if reference is not None and bench.must_equal:
+        outputs[TRANSFORMERS] = [one.outputs[0] for one in reference]
+    found = [compare(name, one, runs[0].outputs, prompts, explaining) for name, one in outputs.items()]
+    return replace(bench, differences=[one for one in found if one is not None])
 
 
 def _options(asked: argparse.Namespace) -> dict[str, Any]:

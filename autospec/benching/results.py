@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from autospec.api import OptimizedModel
 from autospec.benching.contenders import Timed
+from autospec.benching.differences import Differences
 from autospec.benching.record import Acceptance, Key, NodeRate, Step, acceptance, node_rates, outside_loops
 from autospec.benching.sweep import Sweep
 from autospec.config import tree_of
@@ -111,6 +112,7 @@ class Bench:
         sweeps: of --sweep-tree.
         reference: transformers' generate by prompt, if it was measured.
         must_equal: whether its tokens must be those of plain decoding: sampled ones come from another stream.
+        differences: of whatever should have plain decoding's tokens and has others.
     """
 
     title: dict[str, str | int | float]
@@ -118,6 +120,7 @@ class Bench:
     sweeps: list[Sweep]
     reference: list[Timed] | None = None
     must_equal: bool = True
+    differences: list[Differences] = field(default_factory=list)
 
     @property
     def is_identical(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from autospec.benching.contenders import TRANSFORMERS, percentiles
@@ -151,6 +152,7 @@ def as_json(bench: Bench) -> dict[str, Any]:
         **bench.title,
         "runs": [*_reference_json(bench, plain), *(_run_json(run, plain, bench.reference_speed) for run in bench.runs)],
         "sweeps": [_sweep_json(one) for one in bench.sweeps],
+        "differences": [dataclasses.asdict(one) for one in bench.differences],
     }
 
 

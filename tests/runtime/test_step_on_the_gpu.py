@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from harness.models import tiny
+from torch.profiler import ProfilerActivity, profile
 
 import autospec
 from autospec.api import OptimizedModel
+from autospec.errors import LoweringError
 from autospec.heads.eagle3 import Eagle3Head, Eagle3Spec
 from autospec.heads.medusa import MedusaHeads
 
@@ -30,6 +33,20 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def nothing_new() -> Iterator[None]:
+    """No graph is compiled or captured, no kernel compiled."""
+    from triton.runtime.jit import JITFunction
+
+    refused = AssertionError("warm-up is over")
+    with (
+        mock.patch("torch._inductor.standalone_compile", side_effect=refused),
+        mock.patch.object(JITFunction, "_do_compile", side_effect=refused),
+        mock.patch.object(torch.cuda.CUDAGraph, "capture_begin", side_effect=refused),
+    ):
+        yield
 
 
 def _drafter(kind: str, target: Any, cuda: torch.device, tree: dict[str, Any]) -> Any:
@@ -65,6 +82,18 @@ def test_a_step_does_not_wait(cuda: torch.device, kind: str, tree: str, compile:
             step()
         fast.session.prefill()
     torch.cuda.synchronize()
+    if compile == "inductor":
+        others = torch.randint(1, 64, (2, 6), generator=torch.Generator().manual_seed(1)).to(cuda)
+        launches = sum(fast.metrics.steps.values())
+        with nothing_new(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as told:
+            fast.generate(others, **options)
+        replays = sum(event.count for event in told.key_averages() if event.key == "cudaGraphLaunch")
+        assert replays > sum(fast.metrics.steps.values()) - launches > 0, "every step, and a chunk of the prompt, is a replay"
+
+
+def test_what_is_new_is_noticed() -> None:
+    with nothing_new(), pytest.raises(LoweringError, match="warm-up is over"):
+        autospec.optimize(tiny("llama"), None).generate([[5, 9]], max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
 @pytest.mark.cuda

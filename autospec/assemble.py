@@ -50,7 +50,8 @@ def capture_model(model: Any, name: str = "target") -> CapturedModel:
     used = {slot.name for slot in slots(exported.graph)}
     weights = {name: tensor for name, tensor in weights.items() if name in used}
     refused = [refusal for record in records for refusal in record.refusals if record.name == "recognize-attention"]
-    check_captured(model, exported.graph, weights, refused)
+    sparse = [refusal for record in records for refusal in record.refusals if record.name in ("recognize-mla", "recognize-dsa")]
+    check_captured(model, exported.graph, weights, refused, sparse)
     return CapturedModel(exported.graph, weights, _facts(model, exported.graph, limit), tuple(records))
 
 

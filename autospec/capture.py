@@ -87,7 +87,7 @@ def _mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None =
 def _attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, s_aux: Tensor | None = None,
-    sinks: Tensor | None = None, **kwargs: Any,
+    sinks: Tensor | None = None, indices: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function of the interface: one canonical op per call; fails on what it does not know."""
     assert _recorder is not None, "the autospec attention interface was called outside capture"
@@ -116,7 +116,7 @@ def _attention(
     out = attention(
         query, key, value, None if extra is None else extra.reshape(-1),
         float(scaling if scaling is not None else query.shape[-1] ** -0.5),
-        attention_mask.window, attention_mask.chunk, float(softcap or 0.0),
+        attention_mask.window, attention_mask.chunk, float(softcap or 0.0), None, indices,
     )  # fmt: skip
     return out, None
 
@@ -343,10 +343,15 @@ def check_logits(
     compare_logits(name, got, expected, f"{rule}, in float32 too", help_text)
 
 
-def token_local(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Stands in for attention: every token mixes its own q, k and v and nobody else's. -> [B, S, Hq, Dv]."""
+def token_local(q: Tensor, k: Tensor, v: Tensor, *args: Any, own_score: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """Stands in for attention: every token mixes its own q, k and v and nobody else's. -> [B, S, Hq, Dv].
+
+    own_score [B, S, 1]: what its indexer, if it has one, makes of the token itself.
+    """
     group = q.shape[1] // k.shape[1]
     own = torch.tanh((q * k.repeat_interleave(group, dim=1)).float().mean(-1, keepdim=True)).to(v.dtype)
+    if own_score is not None:
+        own = own + torch.tanh(own_score).to(v.dtype)[:, None]
     return (v.repeat_interleave(group, dim=1) * (1 + own)).transpose(1, 2).contiguous()
 
 

@@ -27,6 +27,7 @@ from autospec.ir.slots import find_slot, slot_of
 from autospec.ir.text import node_text
 from autospec.kernels.attention import attention
 from autospec.kernels.latent_attention import expand_latent, latent_attention
+from autospec.kernels.select_keys import own_score, select_keys, top_keys
 
 
 class _Run(fx.Interpreter):
@@ -37,10 +38,16 @@ class _Run(fx.Interpreter):
         self.attention_as = attention_as
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.attention_as is not None and target is attention.op:
+        if self.attention_as is None:
+            return super().call_function(target, args, kwargs)
+        if target is select_keys.op:
+            given = select_keys.bind(args, kwargs)
+            return own_score(given["index_q"], given["index_weights"], given["index_k"], given["scale"])
+        if target is attention.op:
             return self.attention_as(*args, **kwargs)
-        if self.attention_as is not None and target is latent_attention.op:
-            return self.attention_as(*expand_latent(*args[:6]))
+        if target is latent_attention.op:
+            indices = latent_attention.bind(args, kwargs)["indices"]
+            return self.attention_as(*expand_latent(*args[:6]), **({} if indices is None else {"own_score": indices}))
         return super().call_function(target, args, kwargs)
 
 
@@ -56,14 +63,16 @@ def run_captured(
 
 
 def check_captured(
-    model: Any, graph: fx.GraphModule, weights: dict[str, Tensor], unrecognised: Sequence[Refusal] = ()
-) -> None:
+    model: Any, graph: fx.GraphModule, weights: dict[str, Tensor], unrecognised: Sequence[Refusal] = (),
+    unselected: Sequence[Refusal] = (),
+) -> None:  # fmt: skip
     """Raise CaptureError unless the graph may be decoded step by step.
 
     Args:
         model: the Hugging Face module, in the state the user gave it.
         graph, weights: what was exported from it, with its attention recognised.
         unrecognised: what looked like attention and was left alone, with the reasons.
+        unselected: reasons why attention or an indexer was left alone, of whichever is sparse.
     """
     name = type(model).__name__
     if unrecognised:
@@ -75,6 +84,7 @@ def check_captured(
     if next(calls(graph, (attention, latent_attention)), None) is None:
         raise CaptureError("no attention was found in the model's graph", where=name,
                            help="recurrent and state-space models need state roll-back, which is not supported yet")  # fmt: skip
+    check_selections(name, graph, unselected)
     check_sizes(name, graph)
     check_counts_nothing(name, graph)
     if is_model_hollow(model):  # no numbers to compare
@@ -100,6 +110,16 @@ def check_captured(
     )  # fmt: skip
     probe_split_invariance(name, model, graph, weights)
     check_cached(model)
+
+
+def check_selections(name: str, graph: fx.GraphModule, refusals: Sequence[Refusal]) -> None:
+    """Refuse selected keys that cannot be selected from pages, with the reason why a pass left them alone."""
+    attending = [node for node in calls(graph, attention) if argument(node, "indices") is not None]
+    for node in (*calls(graph, top_keys), *attending):
+        reasons = [refusal.reason for refusal in refusals if refusal.line.split(" = ")[0] == f"%{node.name}"]
+        raise CaptureError(f"attention to selected keys was not recognised: {', '.join(reasons)}", at=node_text(node),
+                           where=f"{name} {node.meta.get('module', '')}".strip(),
+                           help="sparse attention over latents (MLA) with DeepSeek's indexer can be decoded by pages")  # fmt: skip
 
 
 def check_sizes(name: str, graph: fx.GraphModule) -> None:

@@ -15,44 +15,25 @@ import torch
 from torch import Tensor
 
 from autospec.errors import CaptureError
+from autospec.symbolic_masks import CausalRows, Symbolic, computes_with_mask
 
 _MAX_PROBED = 1 << 20  # positions; a window longer than this is probed as causal up to here
 _FIRST_ROWS = 96  # rows that are all compared, keys ahead of the query included; a guess that covers tiny prefixes
 HIDDEN = -9999.0  # a bias at or below it hides a key: exp of it is 0 in every dtype, whatever the score
 
 
-class _Symbolic:
-    """A mask that stands for a tensor while a model is traced; computing with it is a refusal."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise _computes_with_mask(f".{name}")
-
-    def __getitem__(self, index: Any) -> Any:
-        raise _computes_with_mask("[...]")
-
-    def _operator(self, *others: Any) -> Any:
-        raise _computes_with_mask(" + ...")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = __ror__ = _operator
-    __invert__ = __lt__ = __le__ = __gt__ = __ge__ = _operator
-
-
-def _computes_with_mask(what: str) -> CaptureError:
-    return CaptureError(
-        f"the model computes with its attention mask ({what}), which autospec keeps symbolic",
-        at=f"attention_mask{what}", where="the attention mask",
-        help="sparse attention that selects keys itself and masks made of data cannot be decoded by pages yet",
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
-class MaskSpec(_Symbolic):
+class MaskSpec(Symbolic):
     """Causal attention, optionally limited to a window or a chunk of positions (0: unlimited)."""
 
     window: int = 0
     chunk: int = 0
+
+    def __getitem__(self, index: Any) -> CausalRows:
+        """The mask [B, 1, S, S] of one head, which an indexer selects by."""
+        if self != MaskSpec() or index not in ((slice(None), 0), (slice(None), 0, slice(None), slice(None))):
+            raise computes_with_mask("[...]")
+        return CausalRows()
 
     def row(self, query: int, length: int) -> Tensor:
         """bool [length]: what position `query` sees."""
@@ -73,7 +54,7 @@ class MaskSpec(_Symbolic):
 
 
 @dataclass(frozen=True)
-class UnknownMask(_Symbolic):
+class UnknownMask(Symbolic):
     """A mask that decoding by pages cannot express: an error where it is used, and many models build unused ones."""
 
     reason: str

@@ -34,11 +34,13 @@ from autospec.passes.mask_tree import MaskTree
 from autospec.passes.narrow_linears import NarrowLinears
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX, OffsetDraftLayers
 from autospec.passes.pack_linears import PackLinears
+from autospec.passes.page_index_cache import PageIndexCache
 from autospec.passes.page_kv_cache import PageKvCache
 from autospec.passes.page_latent_cache import PageLatentCache
 from autospec.passes.propose_draft import ProposeNgram, ProposeNothing
 from autospec.passes.quantize_draft import QuantizeDraft
 from autospec.passes.recognize_attention import RecognizeAttention
+from autospec.passes.recognize_dsa import RecognizeDsa
 from autospec.passes.recognize_mla import RecognizeMla
 from autospec.passes.select_kernels import SelectKernels
 from autospec.passes.spare_decoding_rows import SpareDecodingRows
@@ -110,25 +112,26 @@ def understand(max_positions: int) -> list[Stage]:
     """From an exported graph to canonical ops and roles."""
     return [
         Stage("understand", [
-            RecognizeAttention(max_positions=max_positions), RecognizeMla(), BindPositions(), TagRoles(),
+            RecognizeAttention(max_positions=max_positions), RecognizeMla(), RecognizeDsa(), BindPositions(), TagRoles(),
         ]),
     ]  # fmt: skip
 
 
 def understand_head() -> list[Stage]:
     """A draft head's graph calls the canonical ops already; what it keeps may be latents."""
-    return [Stage("understand", [RecognizeMla(), TagRoles()])]
+    return [Stage("understand", [RecognizeMla(), RecognizeDsa(), TagRoles()])]
 
 
 def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False, reads_prompt: bool = False) -> list[Stage]:
     """Static shapes and paged caches; what target and draft have in common."""
+    pages = {
+        "page_size": shape.page_size, "num_pages": shape.num_pages, "pages_per_row": shape.pages_per_row,
+        "is_length_given": is_length_given,
+    }  # fmt: skip
     return [
         Stage("specialise", [SpecializeShapes(batch_size=shape.batch_size, q_len=q_len), FoldNoops()]),
         Stage("cache", [
-            PageLatentCache(page_size=shape.page_size, num_pages=shape.num_pages, pages_per_row=shape.pages_per_row,
-                            is_length_given=is_length_given, reads_prompt=reads_prompt),
-            PageKvCache(page_size=shape.page_size, num_pages=shape.num_pages, pages_per_row=shape.pages_per_row,
-                        is_length_given=is_length_given),
+            PageIndexCache(**pages), PageLatentCache(**pages, reads_prompt=reads_prompt), PageKvCache(**pages),
         ]),
     ]  # fmt: skip
 

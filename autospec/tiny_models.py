@@ -36,7 +36,8 @@ _SIZES: dict[int, str] = {
     ),
     32: (
         "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
-        "shared_experts_intermediate_size kv_lora_rank moe_shared_expert_intermediate_size"
+        "shared_experts_intermediate_size kv_lora_rank moe_shared_expert_intermediate_size "
+        "index_n_heads"  # of few, all scores of a key may be 0, and transformers promises no order among equals
     ),
     24: "q_lora_rank hidden_size_per_layer_input",
     16: (
@@ -51,7 +52,7 @@ _SIZES: dict[int, str] = {
     ),
     4: (
         "num_attention_heads n_head num_heads n_heads decoder_attention_heads encoder_attention_heads "
-        "attention_heads index_n_heads index_topk swa_num_attention_heads linear_num_value_heads "
+        "attention_heads index_topk swa_num_attention_heads linear_num_value_heads "
         "zero_expert_num n_mamba_heads"
     ),
     2: (

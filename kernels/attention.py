@@ -55,7 +55,7 @@ def attend(
 
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, scale: float = 1.0, window: int = 0, chunk: int = 0,
-    softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0, alibi_slopes: Tensor | None = None, indices: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
@@ -63,17 +63,26 @@ def _fake(
 @kernel_op(fake=_fake)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, scale: float = 1.0, window: int = 0, chunk: int = 0,
-    softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0, alibi_slopes: Tensor | None = None, indices: Tensor | None = None,
 ) -> Tensor:
     """Causal attention; `window` > 0 sees the last `window` positions, `chunk` > 0 only its own chunk, self included.
 
     q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], sinks [Hq] -> [B, S, Hq, Dv], dtype of q.
     alibi_slopes [Hq] float32: each head adds its slope times (key position - query position) to its scores.
+    indices [B, S, K] int32: each token sees only these positions of those (-1: none); None: it sees all of them.
     """
     slots = torch.arange(q.shape[2], device=q.device)
     visible = see(slots[:, None], slots[None, :], window, chunk)[None]
+    if indices is not None:
+        visible = visible & chosen(indices, q.shape[2])
     bias = None if alibi_slopes is None else alibi_bias(alibi_slopes, slots[None, :], slots[None, :])
     return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible, sinks, scale, softcap, bias)
+
+
+def chosen(indices: Tensor, length: int) -> Tensor:
+    """indices [B, S, K] int32, -1 for none -> bool [B, S, length], true at these positions."""
+    marks = torch.zeros(*indices.shape[:2], length + 1, dtype=torch.bool, device=indices.device)
+    return marks.scatter(2, torch.where(indices < 0, length, indices).long(), True)[..., :length]
 
 
 def alibi_bias(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:

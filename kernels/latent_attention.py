@@ -24,17 +24,19 @@ def expand_latent(
 
 
 def _fake(
-    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float = 1.0
+    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float = 1.0,
+    indices: Tensor | None = None,
 ) -> Tensor:
     return q_nope.new_empty(q_nope.shape[0], q_nope.shape[2], q_nope.shape[1], w_uv.shape[1])
 
 
 @kernel_op(fake=_fake)
 def latent_attention(
-    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float = 1.0
+    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float = 1.0,
+    indices: Tensor | None = None,
 ) -> Tensor:
     """Causal attention with keys cat(w_uk latent, k_rope) and values w_uv latent -> [B, S, H, v_head_dim].
 
-    scale: 1 / (q_scaling sqrt(qk_nope_head_dim + qk_rope_head_dim)) in the checkpoints' terms.
+    scale: 1 / (q_scaling sqrt(qk_nope_head_dim + qk_rope_head_dim)) in the checkpoints' terms; indices as in attention.
     """
-    return attention.reference(*expand_latent(q_nope, q_rope, latent, k_rope, w_uk, w_uv), scale=scale)
+    return attention.reference(*expand_latent(q_nope, q_rope, latent, k_rope, w_uk, w_uv), scale=scale, indices=indices)

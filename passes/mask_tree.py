@@ -7,7 +7,7 @@
     (a drafter's graph)                                ->   input %tree_mask; autospec.append_kv(..., %append_lens)
 
 Legal: a node's result depends on other tokens through attention only, and the op shows it the committed rows and its
-ancestors. A drafter appends level after level, so its rows stand further back than what its tree hangs from.
+ancestors; where keys are selected, dsa_topk does so. A drafter appends level after level, so its rows stand further back than what its tree hangs from.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ from autospec.ir.roles import tag
 from autospec.ir.slots import Slot, find_slot
 from autospec.kernels.append_kv import append_kv
 from autospec.kernels.append_latent import append_latent
+from autospec.kernels.dsa_indexer_logits import dsa_indexer_logits
+from autospec.kernels.dsa_topk import dsa_topk
 from autospec.kernels.paged_attention import paged_attention
 from autospec.kernels.paged_mla import paged_mla
 from autospec.kernels.tree_tables import node_positions, tree_tables
+
+
+_MASKED = (paged_attention, paged_mla, dsa_topk)  # ops that decide what a node sees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,7 @@ class MaskTree(Pass):
             yield "position_ids is still an input: run widen-decode first"
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
-        todo = [node for node in calls(module, (paged_attention, paged_mla)) if argument(node, "tree_mask") is None]
+        todo = [node for node in calls(module, _MASKED) if argument(node, "tree_mask") is None]
         if not todo:
             return 0
         if self.is_mask_given:
@@ -70,10 +75,10 @@ class MaskTree(Pass):
         lens = builder.slot(Slot("input", "append_lens", (self.batch_size,), torch.int32))
         for node in todo:
             node.update_kwarg("tree_mask", mask)
-        for node in calls(module, (append_kv, append_latent)):
+        for node in calls(module, (append_kv, append_latent, dsa_indexer_logits)):  # scores are of rows up to this call's
             node.update_arg(len(node.args) - 1, lens)  # kv_lens comes last
 
     def ensures(self, module: fx.GraphModule) -> Iterable[str]:
-        for node in calls(module, (paged_attention, paged_mla)):
+        for node in calls(module, _MASKED):
             if argument(node, "tree_mask") is None:
                 yield f"%{node.name} takes its tokens for a chain"

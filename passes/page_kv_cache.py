@@ -20,7 +20,7 @@ from torch import fx
 from autospec.ir.build import Builder
 from autospec.ir.match import argument, aten, calls, operand
 from autospec.ir.passes import Notes, Pass
-from autospec.ir.slots import Slot, is_pages, slots
+from autospec.ir.slots import Slot, slots
 from autospec.kernels.append_kv import append_kv
 from autospec.kernels.attention import attention
 from autospec.kernels.paged_attention import paged_attention
@@ -39,11 +39,14 @@ class PageKvCache(Pass):
     def requires(self, module: fx.GraphModule) -> Iterable[str]:
         if "fake_mode" not in module.meta:
             yield "shapes must be static"
+        for node in calls(module, attention):
+            if argument(node, "indices") is not None:
+                yield f"%{node.name} attends to selected keys, which only latents are paged for"
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         found = list(calls(module, attention))
         shared: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]] = {}
-        first = sum(is_pages(slot) for slot in slots(module))  # layers with latent pages are numbered before these
+        first = sum(slot.name.startswith("latent_pages.") for slot in slots(module))  # layers with latents are numbered before
         for node in found:
             q, k, v = (operand(node, index) for index in range(3))
             batch = q.meta["val"].shape[0]

@@ -11,6 +11,9 @@
              %k_pages, %v_pages, %table = autospec.expand_latent(%latent_pages, ..., %w_uk, %w_uv)
              %o = autospec.paged_attention(cat(%q_nope, %q_rope), %k_pages, %v_pages, %table, ...)
 
+    (keys selected by an indexer)
+        ->   the first form, with autospec.paged_sparse_mla(..., %indices)
+
 A page row is kv_lora_rank + qk_rope_head_dim wide, whatever the number of heads. Calls that read the very same %latent
 and %k_rope share one page buffer and append once.
 Legal: as for page-kv-cache; and q . (w_uk c) = (q w_uk) . c, and a sum of w_uv c weighted by probabilities is w_uv times
@@ -38,6 +41,8 @@ from autospec.kernels.expand_latent import expand_latent
 from autospec.kernels.latent_attention import latent_attention
 from autospec.kernels.paged_attention import paged_attention
 from autospec.kernels.paged_mla import paged_mla
+from autospec.kernels.paged_sparse_mla import paged_sparse_mla
+from autospec.kernels.select_keys import select_keys
 
 MOST_EXPANDED = 2 << 30  # bytes of one layer's keys and values
 
@@ -56,6 +61,8 @@ class PageLatentCache(Pass):
     def requires(self, module: fx.GraphModule) -> Iterable[str]:
         if "fake_mode" not in module.meta:
             yield "shapes must be static"
+        for node in calls(module, select_keys):
+            yield f"%{node.name} selects positions, not slots: run page-index-cache first"
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         found = list(calls(module, latent_attention))
@@ -91,6 +98,8 @@ class PageLatentCache(Pass):
         """Why a call attends to latents as they are."""
         if not self.reads_prompt:
             return "a step verifies few tokens"
+        if argument(node, "indices") is not None:
+            return "every token selects keys of its own"
         q_nope, w_uk, w_uv = (operand(node, index).meta["val"] for index in (0, 4, 5))
         batch, heads, q_len, _ = q_nope.shape
         rank, own = w_uk.shape[2], w_uk.shape[1] + w_uv.shape[1]
@@ -110,7 +119,11 @@ def _absorbed(builder: Builder, node: fx.Node, pages: fx.Node, page_table: fx.No
     q_nope, q_rope, _, _, w_uk, w_uv = (operand(node, index) for index in range(6))
     q_latent = _by_head(builder, builder.call(aten.permute.default, q_nope, [1, 0, 2, 3]), w_uk)
     q_rope = builder.call(aten.transpose.int, q_rope, 1, 2)
-    mixed = builder.call(paged_mla, q_latent, q_rope, pages, page_table, kv_lens, scale=argument(node, "scale"))
+    indices, scale = argument(node, "indices"), argument(node, "scale")
+    if indices is None:
+        mixed = builder.call(paged_mla, q_latent, q_rope, pages, page_table, kv_lens, scale=scale)
+    else:
+        mixed = builder.call(paged_sparse_mla, q_latent, q_rope, pages, page_table, indices, scale=scale)
     _keep_place(mixed, node)
     w_uv = builder.call(aten.transpose.int, w_uv, 1, 2)
     out = _by_head(builder, builder.call(aten.permute.default, mixed, [2, 0, 1, 3]), w_uv)

@@ -8,7 +8,7 @@
 Legal: the new op's reference is that same projection, concatenation and attention. Elements are followed one by one
 through views, splits and copies (autospec.ir.origins) at two sizes: every element of K and V must be a row of the
 projection of its own token, or an element of the part that all heads share. How the model spells the movement, and what
-normed or rotated the latent and the shared part before, does not matter.
+normed or rotated the latent and the shared part before, does not matter. Keys that an indexer selects stay selected.
 Gives up on: windows, chunks, sinks, softcaps and position biases, projections with a bias or whose result something else
 reads, rows that are not grouped by head, heads that share keys, and a latent that is no narrower than keys and values.
 """
@@ -63,6 +63,8 @@ class RecognizeMla(Pass):
         count = 0
         for node in calls(module, attention):
             found = _site(module, node)
+            if found is None and argument(node, "indices") is not None:
+                found = "its keys are selected by an indexer, but they are not made of a latent"
             if isinstance(found, str):
                 notes.refuse(node, found)
             elif found is not None:
@@ -207,7 +209,7 @@ def _rewrite(module: fx.GraphModule, node: fx.Node, site: Site) -> None:
     ]
     made = emit(
         latent_attention.op, *q_parts, rows(site.latent), rows(site.k_rope), weight(site.keys), weight(site.values),
-        scale=argument(node, "scale"),
+        scale=argument(node, "scale"), **({} if argument(node, "indices") is None else {"indices": argument(node, "indices")}),
     )  # fmt: skip
     node.replace_all_uses_with(made)
     module.graph.erase_node(node)

@@ -61,6 +61,7 @@ class VerifyDraft(Pass):
         tag(path, "accept_path")
         if not tree.is_chain:
             pages = [node for node in module.graph.find_nodes(op="placeholder") if is_pages(slot_of(node))]
+            pages.sort(key=lambda node: slot_of(node).shape[2:])  # rows of one width move together
             page_table = find_slot(module, "page_table")
             builder.call(compact_kv, pages, page_table, kv_lens, path, length)
             ranks = builder.state("rank_counts", (self.sizes.batch_size, RANKS + 1), torch.int64)

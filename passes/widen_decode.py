@@ -4,7 +4,7 @@
                                      %pos = autospec.node_positions(%kv_lens, next_n, max_position)
 
     (prefill)                   ->   %ids, %q_lens = autospec.prompt_chunk(%tokens, %kv_lens, %prompt_lens, q_len)
-                                     %pos as above; every paged_attention is told %q_lens
+                                     %pos as above; every op that reads pages by length is told %q_lens
 
 Legal: positions are kv_lens + depth by definition; the graph computes rows independently of each other apart from
 attention, whose mask follows from kv_lens.
@@ -24,6 +24,8 @@ from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import tag
 from autospec.ir.slots import find_slot
 from autospec.kernels.commit import prompt_chunk
+from autospec.kernels.dsa_indexer_logits import dsa_indexer_logits
+from autospec.kernels.dsa_topk import dsa_topk
 from autospec.kernels.paged_attention import paged_attention
 from autospec.kernels.paged_mla import paged_mla
 from autospec.kernels.tree_tables import node_positions
@@ -91,7 +93,7 @@ class FeedPrompt(Pass):
         tag(chunk, "draft_tokens")
         tag(q_lens, "q_lens")
         positions = builder.call(node_positions, kv_lens, self.q_len, self.max_position)
-        for node in calls(module, (paged_attention, paged_mla)):
+        for node in calls(module, (paged_attention, paged_mla, dsa_indexer_logits, dsa_topk)):
             node.update_kwarg("q_lens", q_lens)
         return _bind(module, "input_ids", chunk) + _bind(module, "position_ids", positions)
 

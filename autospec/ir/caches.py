@@ -1,4 +1,4 @@
-"""What the attention calls of a captured graph keep of every token: keys and values, or a latent and its rope part."""
+"""What a captured graph keeps of every token: keys and values, or a latent and its rope part; and keys of indexers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import fx
 from autospec.ir.match import calls, operand
 from autospec.kernels.attention import attention
 from autospec.kernels.latent_attention import latent_attention
+from autospec.kernels.select_keys import select_keys
 
 
 def kept_rows(module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
@@ -16,11 +17,16 @@ def kept_rows(module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
     return list(pairs)
 
 
+def index_keys(module: fx.GraphModule) -> list[fx.Node]:
+    """The keys [B, S, Di] that indexers select by; selections that share them count once."""
+    return list(dict.fromkeys(operand(node, 2) for node in calls(module, select_keys)))
+
+
 def bytes_per_token(module: fx.GraphModule) -> int:
     """Size of one token's rows in all caches."""
     total = 0
-    for pair in kept_rows(module):
-        for value in (source.meta["val"] for source in pair):
-            heads = value.shape[1] if value.dim() == 4 else 1
-            total += heads * value.shape[-1] * value.dtype.itemsize
+    for source in (*(source for pair in kept_rows(module) for source in pair), *index_keys(module)):
+        value = source.meta["val"]
+        heads = value.shape[1] if value.dim() == 4 else 1
+        total += heads * value.shape[-1] * value.dtype.itemsize
     return total

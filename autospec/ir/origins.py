@@ -30,12 +30,15 @@ def is_move(node: Any) -> bool:
     return isinstance(node, fx.Node) and (is_call(node, (*_MOVES, *_UNWRITTEN)) or node.target is operator.getitem)
 
 
-def moved_from(node: fx.Node) -> list[fx.Node]:
-    """The nodes behind movement: those that move something and those where it starts, in graph order."""
+def moved_from(node: fx.Node, through: tuple[Any, ...] = ()) -> list[fx.Node]:
+    """The nodes behind movement: those that move something and those where it starts, in graph order.
+
+    through: ops of one operand that are looked through as well, such as casts.
+    """
     waiting, seen = [node], {node}
     while waiting:
         current = waiting.pop()
-        if is_call(current, _UNWRITTEN) or not is_move(current):
+        if is_call(current, _UNWRITTEN) or not (is_move(current) or is_call(current, through)):
             continue
         for source in current.all_input_nodes:
             if source not in seen and not isinstance(source.meta["val"], torch.SymInt):
@@ -49,10 +52,11 @@ class Origins:
 
     Args:
         evaluator: knows the sizes.
+        through: ops that leave every element where it is, such as casts.
     """
 
-    def __init__(self, evaluator: Evaluator) -> None:
-        self.evaluator = evaluator
+    def __init__(self, evaluator: Evaluator, through: tuple[Any, ...] = ()) -> None:
+        self.evaluator, self.through = evaluator, through
 
     def numbers(self, node: fx.Node) -> Tensor:
         """0, 1, 2, ... in the shape of a node."""
@@ -69,13 +73,15 @@ class Origins:
         for index, source in enumerate(sources):
             numbers = self.numbers(source)
             values[source] = numbers if is_number else torch.full_like(numbers, index)
-        for current in moved_from(node):
+        for current in moved_from(node, self.through):
             if current not in values:
                 values[current] = self._move(current, values)
         found: Tensor = values[node]
         return found
 
     def _move(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        if is_call(node, self.through) and node.args[0] in values:
+            return values[node.args[0]]  # type: ignore[index]
         if is_call(node, _UNWRITTEN) or not is_move(node):
             known = node.meta["val"]
             if isinstance(known, Tensor):

@@ -1,0 +1,73 @@
+"""Let an indexer read its keys from pages, and select slots.
+
+    %i = autospec.select_keys(%q, %w, %k, index_topk, scale)
+        ->   autospec.append_latent(%k[:half], %k[half:], %index_pages, ...)
+             %s = autospec.dsa_indexer_logits(%q, %w, %index_pages, ..., scale=scale, index_topk=index_topk)
+             %i = autospec.dsa_topk(%s, %kv_lens, index_topk)
+
+A page row is one index key, which all heads share; selections by the very same %k share one page buffer. Pages of index
+keys are addressed by the page table of the latents.
+Legal: as for page-kv-cache; a slot of a request is a position of its text, and a row that sees no more than index_topk
+slots takes all of them: nobody on the host asks whether a text is short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from autospec.ir.build import Builder
+from autospec.ir.match import argument, aten, calls, operand
+from autospec.ir.passes import Notes, Pass
+from autospec.ir.slots import Slot
+from autospec.kernels.append_latent import append_latent
+from autospec.kernels.dsa_indexer_logits import dsa_indexer_logits
+from autospec.kernels.dsa_topk import dsa_topk
+from autospec.kernels.select_keys import select_keys, top_keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageIndexCache(Pass):
+    """Selections become append_latent of index keys, dsa_indexer_logits and dsa_topk."""
+
+    name = "page-index-cache"
+    page_size: int
+    num_pages: int
+    pages_per_row: int
+    is_length_given: bool = False  # kv_lens is an input of the graph (a spliced draft) instead of state
+
+    def requires(self, module: fx.GraphModule) -> Iterable[str]:
+        if "fake_mode" not in module.meta:
+            yield "shapes must be static"
+        for node in calls(module, top_keys):
+            yield f"%{node.name} selects by scores of unknown origin"
+
+    def run(self, module: fx.GraphModule, notes: Notes) -> int:
+        found = list(calls(module, select_keys))
+        shared: dict[fx.Node, fx.Node] = {}
+        for node in found:
+            q, weights, k = (operand(node, index) for index in range(3))
+            batch, _, width = k.meta["val"].shape
+            index_topk, scale = argument(node, "index_topk"), argument(node, "scale")
+            builder = Builder(module, node, node.meta.get("module", ""))
+            page_table = builder.state("page_table", (batch, self.pages_per_row), torch.int32)
+            kv_lens = builder.slot(Slot("input" if self.is_length_given else "state", "kv_lens", (batch,), torch.int32))
+            if k not in shared:
+                size = (self.num_pages, self.page_size, width)
+                shared[k] = builder.state(f"index_pages.{len(shared)}", size, k.meta["val"].dtype)
+                parts = [builder.call(aten.slice.Tensor, k, 2, *ends) for ends in ((0, width // 2), (width // 2, width))]
+                builder.call(append_latent, *parts, shared[k], page_table, kv_lens)
+            scores = builder.call(
+                dsa_indexer_logits, q, weights, shared[k], page_table, kv_lens, scale=scale, index_topk=index_topk
+            )
+            slots = builder.call(dsa_topk, scores, kv_lens, index_topk)
+            node.replace_all_uses_with(slots)
+            module.graph.erase_node(node)
+        return len(found)
+
+    def ensures(self, module: fx.GraphModule) -> Iterable[str]:
+        for node in calls(module, select_keys):
+            yield f"%{node.name} still selects without a cache"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -124,7 +125,7 @@ def understand_head() -> list[Stage]:
 
 def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False, reads_prompt: bool = False) -> list[Stage]:
     """Static shapes and paged caches; what target and draft have in common."""
-    pages = {
+    pages: dict[str, Any] = {
         "page_size": shape.page_size, "num_pages": shape.num_pages, "pages_per_row": shape.pages_per_row,
         "is_length_given": is_length_given,
     }  # fmt: skip

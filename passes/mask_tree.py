@@ -7,7 +7,8 @@
     (a drafter's graph)                                ->   input %tree_mask; autospec.append_kv(..., %append_lens)
 
 Legal: a node's result depends on other tokens through attention only, and the op shows it the committed rows and its
-ancestors; where keys are selected, dsa_topk does so. A drafter appends level after level, so its rows stand further back than what its tree hangs from.
+ancestors; where attention reads selected slots, dsa_topk selects among these. A drafter appends level after level, so its
+rows stand further back than what its tree hangs from.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from autospec.kernels.dsa_topk import dsa_topk
 from autospec.kernels.paged_attention import paged_attention
 from autospec.kernels.paged_mla import paged_mla
 from autospec.kernels.tree_tables import node_positions, tree_tables
-
 
 _MASKED = (paged_attention, paged_mla, dsa_topk)  # ops that decide what a node sees
 

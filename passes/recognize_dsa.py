@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, fx
 
 from autospec.ir.match import argument, aten, calls, is_call, operand
-from autospec.ir.origins import Origins, moved_from
+from autospec.ir.origins import Origins, is_widened, moved_from
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.sizes import Evaluator
 from autospec.kernels.select_keys import select_keys, top_keys
 
 _SIZES = ((2, 3), (3, 5))  # batch and length at which elements are followed
-_CASTS = (aten._to_copy,)
 
 
 @dataclass(frozen=True)
@@ -70,22 +69,22 @@ class RecognizeDsa(Pass):
 
 def _indexer(module: fx.GraphModule, node: fx.Node) -> Indexer | str:
     """The parts of an indexer, or why there is none."""
-    at = [Origins(Evaluator(module, *sizes), _CASTS) for sizes in _SIZES]
+    at = [Origins(Evaluator(module, *sizes), widens=True) for sizes in _SIZES]
     scores = operand(node)
-    outer = next((one for one in moved_from(scores, _CASTS) if is_call(one, aten.matmul)), None)
+    outer = next((one for one in moved_from(scores, widens=True) if is_call(one, aten.matmul)), None)
     if outer is None or not _is_moved(scores, outer, at):
         return "its scores are not a product of head weights and head scores"
     heads: Any = outer.args[1]
     if not is_call(heads, aten.relu):
         return "the scores of its heads do not pass a relu"
     inner, scale = operand(heads), 1.0
-    if is_call(inner, aten.mul) and isinstance(inner.args[1], (int, float)):
-        inner, scale = operand(inner), float(inner.args[1])
+    if is_call(inner, aten.mul) and isinstance(factor := inner.args[1], (int, float)):
+        inner, scale = operand(inner), float(factor)
     if not is_call(inner, aten.matmul):
         return "the scores of its heads are not a scaled product of queries and keys"
-    for one in (inner, outer, *(cast for side in (scores, *outer.args, *inner.args) for cast in _casts(side))):  # type: ignore[arg-type]
-        if one.meta["val"].dtype != torch.float32:
-            return f"%{one.name} is rounded to {one.meta['val'].dtype}"
+    for one in (inner, outer):
+        if (dtype := one.meta["val"].dtype) != torch.float32:
+            return f"%{one.name} is computed in {dtype}"
     weights, q = _rows(operand(outer), 3, at), _rows(operand(inner), 4, at)
     k = _rows(operand(inner, 1), 3, at, is_crossed=True)
     for part, what in ((weights, "head weights"), (q, "queries"), (k, "keys")):
@@ -94,18 +93,15 @@ def _indexer(module: fx.GraphModule, node: fx.Node) -> Indexer | str:
     return Indexer(q, weights, k, scale)  # type: ignore[arg-type]
 
 
-def _casts(node: fx.Node) -> list[fx.Node]:
-    return [one for one in moved_from(node, _CASTS) if is_call(one, _CASTS)]
-
-
 def _rows(node: fx.Node, dims: int, at: list[Origins], is_crossed: bool = False) -> fx.Node | None:
-    """The tensor [B, S, ...] of so many dimensions that a node is, behind all casts."""
-    for candidate in reversed(moved_from(node, _CASTS)):
+    """The tensor [B, S, ...] of so many dimensions that a node is, before it was widened."""
+    for candidate in reversed(moved_from(node, widens=True)):
         value = candidate.meta["val"]
-        if isinstance(value, Tensor) and value.dim() == dims and not _casts(candidate):
-            if all(o.evaluator.shape(candidate)[:2] == (o.evaluator.batch, o.evaluator.length) for o in at):
-                if _is_moved(node, candidate, at, is_crossed):
-                    return candidate
+        if not isinstance(value, Tensor) or value.dim() != dims or any(map(is_widened, moved_from(candidate, widens=True))):
+            continue
+        is_by_token = all(o.evaluator.shape(candidate)[:2] == (o.evaluator.batch, o.evaluator.length) for o in at)
+        if is_by_token and _is_moved(node, candidate, at, is_crossed):
+            return candidate
     return None
 
 

@@ -30,15 +30,19 @@ def is_move(node: Any) -> bool:
     return isinstance(node, fx.Node) and (is_call(node, (*_MOVES, *_UNWRITTEN)) or node.target is operator.getitem)
 
 
-def moved_from(node: fx.Node, through: tuple[Any, ...] = ()) -> list[fx.Node]:
-    """The nodes behind movement: those that move something and those where it starts, in graph order.
+def is_widened(node: Any) -> bool:
+    """Is the node a cast of 16-bit numbers to float32, which changes none of them?"""
+    if not is_call(node, aten._to_copy) or node.meta["val"].dtype != torch.float32:
+        return False
+    return node.args[0].meta["val"].dtype in (torch.bfloat16, torch.float16)
 
-    through: ops of one operand that are looked through as well, such as casts.
-    """
+
+def moved_from(node: fx.Node, widens: bool = False) -> list[fx.Node]:
+    """The nodes behind movement (`widens`: and behind widening casts): those that move and where it starts, in graph order."""
     waiting, seen = [node], {node}
     while waiting:
         current = waiting.pop()
-        if is_call(current, _UNWRITTEN) or not (is_move(current) or is_call(current, through)):
+        if is_call(current, _UNWRITTEN) or not (is_move(current) or (widens and is_widened(current))):
             continue
         for source in current.all_input_nodes:
             if source not in seen and not isinstance(source.meta["val"], torch.SymInt):
@@ -52,11 +56,11 @@ class Origins:
 
     Args:
         evaluator: knows the sizes.
-        through: ops that leave every element where it is, such as casts.
+        widens: casts of 16-bit numbers to float32 are looked through, too.
     """
 
-    def __init__(self, evaluator: Evaluator, through: tuple[Any, ...] = ()) -> None:
-        self.evaluator, self.through = evaluator, through
+    def __init__(self, evaluator: Evaluator, widens: bool = False) -> None:
+        self.evaluator, self.widens = evaluator, widens
 
     def numbers(self, node: fx.Node) -> Tensor:
         """0, 1, 2, ... in the shape of a node."""
@@ -73,14 +77,14 @@ class Origins:
         for index, source in enumerate(sources):
             numbers = self.numbers(source)
             values[source] = numbers if is_number else torch.full_like(numbers, index)
-        for current in moved_from(node, self.through):
+        for current in moved_from(node, self.widens):
             if current not in values:
                 values[current] = self._move(current, values)
         found: Tensor = values[node]
         return found
 
     def _move(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        if is_call(node, self.through) and node.args[0] in values:
+        if self.widens and is_widened(node):
             return values[node.args[0]]  # type: ignore[index]
         if is_call(node, _UNWRITTEN) or not is_move(node):
             known = node.meta["val"]

@@ -115,6 +115,10 @@ class Session:
         """Rows 0 ... length-1 of a request in a latent layer: [length, kv_lora_rank + qk_rope_head_dim]."""
         return self._committed(f"latent_pages.{layer}", row, length)
 
+    def committed_index_keys(self, row: int, layer: int, length: int) -> Tensor:
+        """Rows 0 ... length-1 of a request in the cache of an indexer: [length, index_head_dim]."""
+        return self._committed(f"index_pages.{layer}", row, length)
+
     def _committed(self, name: str, row: int, length: int) -> Tensor:
         size = self.program.shape.page_size
         slots = torch.arange(length, device=self.state["page_table"].device)

@@ -140,3 +140,41 @@ def test_a_weak_mask_is_a_bias():
 def test_computing_with_a_symbolic_mask_is_a_refusal(compute, mask):
     with pytest.raises(CaptureError, match="keeps symbolic"):
         compute(mask)
+
+
+def hidden_scores(mask, scores):
+    return scores.masked_fill(~mask[:, 0, :, :], float("-inf"))
+
+
+def test_an_indexer_may_ask_a_causal_mask_for_the_best_keys():
+    scores = torch.randn(2, 6, 6)
+    best = hidden_scores(MaskSpec(), scores)
+    chosen = best.topk(min(4, best.shape[-1]), dim=-1).indices
+    wanted = scores.masked_fill(~MaskSpec().matrix(6), float("-inf")).topk(4, dim=-1).indices
+    for row in range(2):
+        for token in range(6):
+            kept = min(4, token + 1)
+            assert set(chosen[row, token, :kept].tolist()) == set(wanted[row, token, :kept].tolist())
+            assert chosen[row, token, kept:].tolist() == [-1] * (4 - kept)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda mask, scores: scores.masked_fill(mask[:, 0], float("-inf")),
+        lambda mask, scores: scores.masked_fill(~mask[:, 0], -1e9),
+        lambda mask, scores: scores[:, None].masked_fill(~mask[:, 0], float("-inf")),
+        lambda mask, scores: torch.where(mask[:, 0], scores, 0.0),
+        lambda mask, scores: scores * mask[:, 0],
+        lambda mask, scores: mask[:, 0].float(),
+        lambda mask, scores: mask[:, :1],
+        lambda mask, scores: hidden_scores(mask, scores).softmax(-1),
+        lambda mask, scores: hidden_scores(mask, scores) * 2,
+        lambda mask, scores: hidden_scores(mask, scores).topk(2, dim=1),
+        lambda mask, scores: hidden_scores(mask, scores).topk(2, dim=-1, largest=False),
+        lambda mask, scores: hidden_scores(MaskSpec(chunk=3), scores),
+    ],
+)
+def test_nothing_else_may_be_asked(compute):
+    with pytest.raises(CaptureError, match="keeps symbolic"):
+        compute(MaskSpec(), torch.randn(2, 6, 6))

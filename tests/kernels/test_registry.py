@@ -57,7 +57,8 @@ ARGUMENTS = {
     "q_rope": lambda: torch.randn(B, N, HQ, 4), "q_nope": lambda: torch.randn(B, HQ, N, 5),
     "index_q": lambda: torch.randn(B, N, 3, 8), "index_weights": lambda: torch.randn(B, N, 3),
     "index_pages": lambda: torch.randn(1 + B * PAGES, P, 8), "index_topk": lambda: 6,
-    "indices": lambda: torch.tensor([0, 2, 7, -1], dtype=torch.int32).expand(B, N, -1).contiguous(),
+    "index_k": lambda: torch.randn(B, N, 8),
+    "indices": lambda: torch.tensor([0, 2, 4, -1], dtype=torch.int32).expand(B, N, -1).contiguous(),
     "w_uk": lambda: torch.randn(HQ, 5, 8), "w_uv": lambda: torch.randn(HQ, 6, 8),
     "top_k_index": lambda: torch.tensor([[0, 2], [1, 3], [3, 4], [2, 1], [-1, 0], [2, 3]]),
     "top_k_weights": lambda: torch.rand(6, 2), "gate_up": lambda: torch.randn(4, 6, 7), "down": lambda: torch.randn(4, 7, 3),
@@ -98,6 +99,7 @@ SPECIAL = {
     "grouped_mm": {"weight": lambda: torch.randn(3, 7, 6)},
     "experts": {"x": lambda: torch.randn(6, 7)},
     "expand_latent": {"q_len": lambda: N},
+    "top_keys": {"scores": lambda: torch.randn(B, N, N)},
     "latent_attention": {"q_rope": lambda: torch.randn(B, HQ, N, 4)},
     "commit_prompt": {
         "target_tokens": lambda: integers(V, B, 1), "kv_lens": lambda: torch.tensor([1, 3], dtype=torch.int32)

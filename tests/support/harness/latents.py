@@ -48,7 +48,7 @@ class LatentLayer(nn.Module):
         self.v_proj = nn.Linear(dims.kv_lora_rank, heads * v_width, bias=False)
         self.o_proj = nn.Linear(heads * v_width, dims.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, indices: Tensor | None = None) -> Tensor:
         batch, length, _ = x.shape
         dims = self.dims
         q = self.q_proj(x).view(batch, length, dims.num_heads, -1).transpose(1, 2)
@@ -59,36 +59,43 @@ class LatentLayer(nn.Module):
         q_nope, q_rope = q.split([dims.qk_nope_head_dim, dims.qk_rope_head_dim], -1)
         q = torch.cat([q_nope, q_rope * angle[:, None].cos()], -1)
         q, k, v = self.spell(self, q, latent, k_rope)
-        out = attention(q, k, v, **{"scale": 0.4, **self.options})
+        out = attention(q, k, v, **{"scale": 0.4, "indices": indices, **self.options})
         if out.shape[2] > dims.num_heads:
             out = out[:, :, : dims.num_heads]
         return x + self.o_proj(out.reshape(batch, length, -1))
 
 
 class LatentModel(nn.Module):
-    """Embed, one or more latent layers, read out."""
+    """Embed, one or more latent layers, read out; a layer without an indexer reuses the selection of the one before."""
 
-    def __init__(self, spell: Spelling, dims: Dims, options: dict[str, Any], num_layers: int) -> None:
+    def __init__(
+        self, spell: Spelling, dims: Dims, options: dict[str, Any], num_layers: int, indexers: list[nn.Module | None]
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, dims.hidden_size)
         self.places = nn.Embedding(PLACES, dims.hidden_size)
         self.layers = nn.ModuleList([LatentLayer(dims, spell, options) for _ in range(num_layers)])
         self.lm_head = nn.Linear(dims.hidden_size, VOCAB, bias=False)
+        self.indexers = nn.ModuleList(indexers)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor]:
         x = self.embed(input_ids) + self.places(position_ids)
-        for layer in self.layers:
-            x = layer(x, position_ids)
+        indices = None
+        for number, layer in enumerate(self.layers):
+            indexer = self.indexers[number] if number < len(self.indexers) else None
+            indices = indexer(x, position_ids) if indexer is not None else indices
+            x = layer(x, position_ids, indices)
         return (self.lm_head(x),)
 
 
 def latent_graph(
-    spell: Spelling, dims: Dims = Dims(), options: dict[str, Any] | None = None, num_layers: int = 1
-) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    spell: Spelling, dims: Dims = Dims(), options: dict[str, Any] | None = None, num_layers: int = 1,
+    indexers: Callable[[], list[nn.Module | None]] = list,
+) -> tuple[fx.GraphModule, dict[str, Tensor]]:  # fmt: skip
     """The toy as capture leaves it, before recognize-mla."""
     with torch.random.fork_rng():
         torch.manual_seed(6)
-        model = LatentModel(spell, dims, options or {}, num_layers)
+        model = LatentModel(spell, dims, options or {}, num_layers, indexers())
     ids = torch.zeros(2, 5, dtype=torch.int64)
     return captured_graph(model, {"input_ids": ids, "position_ids": ids.clone()})
 

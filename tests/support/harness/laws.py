@@ -60,13 +60,20 @@ def at_rest(session: Session, requests: Sequence[Request]) -> None:
 def cache_is_fresh(
     session: Session, row: int, ids: list[int], target: str = "target", draft: str | None = None
 ) -> None:
-    """Committed K/V of target (and draft) equal what transformers computes for these tokens in one go.
+    """Committed K/V and index keys of target (and draft) equal what transformers computes for these tokens in one go.
 
     ids: prompt and output; the last one is the root, which only the draft's cache holds.
     """
-    layers = [(pair, len(ids) - 1) for pair in hf_cache(target, ids)]
+    pairs, index_keys = hf_cache(target, ids)
+    layers = [(pair, len(ids) - 1) for pair in pairs]
+    keys = [(layer, key, len(ids) - 1) for layer, key in enumerate(index_keys)]
     if draft is not None:
-        layers += [(pair, len(ids)) for pair in hf_cache(draft, ids)]
+        pairs, index_keys = hf_cache(draft, ids)
+        keys += [(layer, key, len(ids)) for layer, key in enumerate(index_keys, start=len(layers))]
+        layers += [(pair, len(ids)) for pair in pairs]
+    for layer, key, length in keys:
+        error = float((session.committed_index_keys(row, layer, length) - key[:length]).abs().max()) if length else 0.0
+        assert error < CLOSE, f"index keys {layer}, row {row} are off by {error:.1e}"
     for layer, (pair, length) in enumerate(layers):
         got = committed(session, row, layer, length, pair)
         for letter, mine, wanted in zip("KV", got, pair, strict=True):
@@ -86,7 +93,7 @@ def committed(
 def lossless_for_any_draft(
     workshop: Workshop, accepts: Sequence[int] = (0, 4, 1, 2, 4, 3), presents: Sequence[int] = (4, 4, 3, 4, 0, 2, 4),
     sampling: SamplingParams = GREEDY, target: str = "target", new_tokens: int = 30,
-    prompts: Sequence[list[int]] | None = None,
+    prompts: Sequence[list[int]] | None = None, draft_len: int = L,
 ) -> None:  # fmt: skip
     """Drafts mixed from the true continuation and noise, absent nodes, rows without a draft: tokens as the oracle's."""
     prompts = prompts if prompts is not None else _prompts()
@@ -96,7 +103,8 @@ def lossless_for_any_draft(
         accept=lambda row, step: accepts[(step + 2 * row) % len(accepts)],
         present=lambda row, step: presents[(step + 3 * row) % len(presents)],
     )
-    session = workshop.session("ngram", target=target, sampling=sampling.needs_scores)
+    drafter = "ngram" if draft_len else "plain"
+    session = workshop.session(drafter, target=target, sampling=sampling.needs_scores, draft_len=draft_len)
     requests = requests_of(prompts, new_tokens, sampling)
     run(session, requests, script=draft)
     same_tokens(requests, expected)

@@ -38,16 +38,24 @@ _COMMON = {
     "initializer_range": 0.3, "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 12, "q_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+# torch.topk promises no order among equals: of few index heads all scores of a key may be 0, and those of padding are.
+_SPARSE: dict[str, Any] = {"index_n_heads": 32, "index_head_dim": 8, "index_topk": 6, "pad_token_id": None}
+
 _MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "target": ("llama", 0, {}),
     "small": ("llama", 1, {"num_hidden_layers": 1}),
     "window": ("mistral", 2, {"sliding_window": 7}),
     "chunk": ("llama4_text", 3, {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
                                  "num_hidden_layers": 4}),
-    "latent": ("deepseek_v3", 4, {"num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 12, "q_lora_rank": 16,
-                                  "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "moe_intermediate_size": 16,
-                                  "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-                                  "first_k_dense_replace": 1}),
+    "latent": ("deepseek_v3", 4, _LATENT),
+    "sparse": ("deepseek_v32", 5, {**_LATENT, **_SPARSE}),
+    "shared": ("glm_moe_dsa", 6, {**_LATENT, **_SPARSE, "num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"],
+                                  "mlp_layer_types": ["dense", "sparse", "dense"]}),
 }
 TAPS = (0, 0, 1)  # the tiny target has two layers
 MODULES = {"mtp": ("target", 1), "mtp3": ("target", 3), "mtp-latent": ("latent", 2)}  # the target and how many
@@ -161,11 +169,17 @@ def oracle(
     return ids[len(prompt) :]
 
 
-def hf_cache(name: str, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """K and V of every layer for these tokens as transformers computes them, [S, Hkv, D] each; latent and rope, [S, 1, *]."""
+def hf_cache(name: str, ids: list[int]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """K and V of every layer for these tokens as transformers computes them, [S, Hkv, D] each; latent and rope, [S, 1, *].
+
+    And the keys of every indexer, [S, Di] each.
+    """
+    config = model(name).config
     with torch.no_grad():
-        cache = model(name)(torch.tensor([ids]), past_key_values=DynamicCache()).past_key_values
-    return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
+        cache = DynamicCache(config=config) if hasattr(config, "index_topk") else DynamicCache()
+        layers = model(name)(torch.tensor([ids]), past_key_values=cache).past_key_values.layers
+    index_keys = [layer.indexer_keys[0] for layer in layers if getattr(layer, "is_indexer_initialized", False)]
+    return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in layers], index_keys
 
 
 def eagle_rows(ids: list[int], path: tuple[int, ...] = ()) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -47,6 +47,8 @@ DRAFTERS: dict[str, tuple[Speculation, str | None]] = {
     "near dynamic": (DraftTargetConfig("near", **_GROWN), "near"),
     "latent twin": (DraftTargetConfig("latent", L), "latent"),
     "latent twin static": (DraftTargetConfig("latent", eagle_choices=CHOICES), "latent"),
+    "sparse twin": (DraftTargetConfig("sparse", L), "sparse"),
+    "sparse twin static": (DraftTargetConfig("sparse", eagle_choices=CHOICES), "sparse"),
     "twin static": (DraftTargetConfig("target", eagle_choices=CHOICES), "target"),
     "eagle": (Eagle3Config("eagle", L), "eagle"),
     "eagle static": (Eagle3Config("eagle", eagle_choices=CHOICES), "eagle"),

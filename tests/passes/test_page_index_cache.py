@@ -1,0 +1,168 @@
+"""page-index-cache: selecting from pages equals selecting from the whole text, however it is split, and along a tree."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from harness.graphs import VOCAB, after, apply, check_golden, evaluate, new_state
+from harness.indexers import indexers, written
+from harness.latents import concatenated, latent_graph
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+
+from autospec.ir.match import argument, calls
+from autospec.ir.slots import slots
+from autospec.ir.text import graph_text
+from autospec.kernels.append_latent import append_latent
+from autospec.kernels.compact_kv import compact_kv
+from autospec.kernels.dsa_indexer_logits import dsa_indexer_logits
+from autospec.kernels.dsa_topk import dsa_topk
+from autospec.kernels.paged_mla import paged_mla
+from autospec.kernels.paged_sparse_mla import paged_sparse_mla
+from autospec.passes.fold_noops import FoldNoops
+from autospec.passes.mask_tree import MaskTree
+from autospec.passes.offset_draft_layers import OffsetDraftLayers
+from autospec.passes.page_index_cache import PageIndexCache
+from autospec.passes.page_kv_cache import PageKvCache
+from autospec.passes.page_latent_cache import PageLatentCache
+from autospec.passes.recognize_dsa import RecognizeDsa
+from autospec.passes.recognize_mla import RecognizeMla
+from autospec.passes.specialize_shapes import SpecializeShapes
+from autospec.passes.widen_decode import FeedPrompt
+
+BATCH, PAGE, PAGES_PER_ROW = 2, 4, 8
+SIZES = {"page_size": PAGE, "num_pages": 1 + BATCH * PAGES_PER_ROW, "pages_per_row": PAGES_PER_ROW}
+
+
+@functools.cache
+def captured(*which: bool) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    graph, weights = latent_graph(concatenated, num_layers=len(which), indexers=indexers(written, *which))
+    apply(graph, RecognizeMla(), RecognizeDsa())
+    return graph, weights
+
+
+@functools.cache
+def static(q_len: int, *which: bool) -> fx.GraphModule:
+    return after(captured(*which)[0], SpecializeShapes(batch_size=BATCH, q_len=q_len), FoldNoops())
+
+
+@functools.cache
+def paged(q_len: int, *which: bool) -> fx.GraphModule:
+    return after(static(q_len, *(which or (True, True))), PageIndexCache(**SIZES), PageLatentCache(**SIZES))
+
+
+def test_text() -> None:
+    check_golden("page_index_cache", graph_text(after(static(3, True), PageIndexCache(**SIZES))))
+
+
+def test_again_finds_nothing() -> None:
+    assert apply(paged(3), PageIndexCache(**SIZES), PageLatentCache(**SIZES), PageKvCache(**SIZES))[0].count == 0
+    assert len(list(calls(paged(3), paged_sparse_mla))) == 2
+    assert not list(calls(paged(3), paged_mla))
+
+
+def test_what_was_not_recognised_is_not_paged() -> None:
+    graph, _ = latent_graph(concatenated, indexers=indexers(written, True))
+    before = after(graph, SpecializeShapes(batch_size=BATCH, q_len=3), FoldNoops())
+    with pytest.raises(AssertionError, match="selects by scores of unknown origin"):
+        after(before, PageIndexCache(**SIZES))
+    with pytest.raises(AssertionError, match="attends to selected keys, which only latents are paged for"):
+        after(before, PageKvCache(**SIZES))
+    with pytest.raises(AssertionError, match="selects positions, not slots: run page-index-cache first"):
+        after(static(3, True), PageLatentCache(**SIZES))
+
+
+def test_a_shared_selection_has_one_cache_and_is_made_once() -> None:
+    graph = paged(3, True, False, True)
+    pages = {slot.name: slot.shape for slot in slots(graph) if "index_pages" in slot.name}
+    assert pages == {f"index_pages.{number}": (SIZES["num_pages"], PAGE, 6) for number in (0, 1)}
+    first, second = calls(graph, dsa_topk)
+    assert [argument(node, "indices") for node in calls(graph, paged_sparse_mla)] == [first, first, second]
+    assert len(list(calls(graph, append_latent))) == 5
+    moved = after(graph, OffsetDraftLayers(layer_idx_offset=7))
+    assert {slot.name for slot in slots(moved) if "index_pages" in slot.name} == {"index_pages.7", "index_pages.8"}
+
+
+def test_a_chunk_of_the_prompt_knows_its_length() -> None:
+    graph = after(paged(5), FeedPrompt(batch_size=BATCH, q_len=5, token_room=32, max_position=32))
+    for node in calls(graph, (dsa_indexer_logits, dsa_topk)):
+        assert argument(node, "q_lens").meta["role"] == "q_lens"
+
+
+def state_of(module: fx.GraphModule, generator: torch.Generator) -> dict[str, Tensor]:
+    """Pages lie anywhere and hold what earlier requests left."""
+    state = new_state(module)
+    order = torch.randperm(BATCH * PAGES_PER_ROW, generator=generator).to(torch.int32) + 1
+    state["page_table"].copy_(order.reshape(BATCH, PAGES_PER_ROW))
+    for name, tensor in state.items():
+        if "pages." in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 3)
+    return state
+
+
+def whole_text(length: int, generator: torch.Generator, *which: bool) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.randint(0, VOCAB, (BATCH, length), generator=generator)
+    positions = torch.arange(length).expand(BATCH, -1).contiguous()
+    graph, weights = captured(*which)
+    return ids, positions, evaluate(graph, {"input_ids": ids, "position_ids": positions, **weights})[0]
+
+
+@settings(max_examples=20)
+@given(
+    splits=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 1000), behind=st.integers(0, 3),
+    which=st.sampled_from([(True, True), (True, False)]),
+)  # fmt: skip
+def test_any_split_equals_the_whole(splits: list[int], seed: int, behind: int, which: tuple[bool, ...]) -> None:
+    """Index keys that a wider call wrote past the end do no harm."""
+    generator = torch.Generator().manual_seed(seed)
+    if sum(splits) > PAGE * PAGES_PER_ROW - 9:
+        splits = [9]
+    ids, positions, whole = whole_text(sum(splits), generator, *which)
+    state = state_of(paged(1, *which), generator)
+    start = 0
+    for split in splits:
+        part = slice(start, start + split)
+        values = {"input_ids": ids[:, part], "position_ids": positions[:, part], **captured(*which)[1], **state}
+        got = evaluate(paged(split, *which), values)[0]
+        torch.testing.assert_close(got, whole[:, part], rtol=0, atol=3e-6)
+        rejected = min(behind, split - 1)
+        state["kv_lens"].add_(split - rejected)
+        start += split - rejected
+
+
+def branches(skip: tuple[str, ...] = ()) -> Tensor:
+    """Largest error along the accepted one of two branches, and of the token after it; `skip`: pages not compacted."""
+    weights = captured(True, True)[1]
+    generator = torch.Generator().manual_seed(4)
+    ids, positions, whole = whole_text(9, generator, True, True)
+    tree = after(paged(5), MaskTree(batch_size=BATCH, num_nodes=5, is_mask_given=True))
+    state = state_of(paged(1), generator)
+    evaluate(paged(5), {"input_ids": ids[:, :5], "position_ids": positions[:, :5], **weights, **state})
+    state["kv_lens"].fill_(5)
+    wrong = (ids[:, 6:8] + 1) % VOCAB
+    nodes = torch.cat([ids[:, 5:6], wrong[:, :1], ids[:, 6:7], wrong[:, 1:], ids[:, 7:8]], 1)  # 0 -> 1 -> 3, 0 -> 2 -> 4
+    mask = torch.tensor([0b1, 0b11, 0b101, 0b1011, 0b10101], dtype=torch.int32)[None, :, None].expand(BATCH, -1, -1).contiguous()
+    depth = torch.tensor([5, 6, 6, 7, 7]).expand(BATCH, -1).contiguous()
+    lens = {"append_lens": state["kv_lens"].clone(), "tree_mask": mask}
+    got = evaluate(tree, {"input_ids": nodes, "position_ids": depth, **lens, **weights, **state})[0]
+    path = torch.tensor([[0, 2, 4]], dtype=torch.int32).expand(BATCH, -1).contiguous()
+    pages = [value for name, value in state.items() if "pages." in name and not name.startswith(skip or ("-",))]
+    compact_kv(pages, state["page_table"], state["kv_lens"], path, torch.full((BATCH,), 2, dtype=torch.int32))
+    state["kv_lens"].fill_(8)
+    last = evaluate(paged(1), {"input_ids": ids[:, 8:], "position_ids": positions[:, 8:], **weights, **state})[0]
+    return (torch.cat([got[:, [0, 2, 4]], last], 1) - whole[:, 5:9]).abs().amax((0, 2))
+
+
+def test_a_path_through_a_tree_equals_its_chain() -> None:
+    """Two siblings with a child each; the second branch is accepted, compacted, and decoded on."""
+    assert float(branches().max()) < 3e-6
+
+
+def test_stale_index_keys_are_noticed() -> None:
+    """Planted: compaction moves latents only."""
+    errors = branches(("index_pages",))
+    assert float(errors[:3].max()) < 3e-6
+    assert float(errors[3]) > 1e-3

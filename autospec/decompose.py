@@ -1,25 +1,34 @@
 """From torch.export's training graph to the functional one that the passes read.
 
 `ExportedProgram.run_decompositions` traces the whole model again with symbolic shapes: 34 of the 50 s that capturing 32
-Llama layers took on a CPU (2026-11-21). Llama and its likes need no more than these renamings, which are done in place here; a
-graph with anything else that writes or that is made of smaller ops is traced again as before.
+Llama layers took on a CPU (2026-11-21). Most models need no more than these renamings, which are done in place here; a graph
+with anything else that writes or that is made of smaller ops is traced again as before.
 
-    %c = aten.to.dtype(%x : f32, bf16)  ->  %c = aten._to_copy(%x, dtype=bf16)
-    %c = aten.to.dtype(%x : f32, f32)   ->  %x
-    %v = aten.reshape(%x, [..])         ->  %v = aten.view(%x, [..])       where %x has the strides for it
+    %c = aten.to.dtype(%x : f32, bf16)      ->  %c = aten._to_copy(%x, dtype=bf16)      type_as likewise
+    %c = aten.to.dtype(%x : f32, f32)       ->  %x                                      dropout(%x, p, False) likewise
+    %v = aten.reshape(%x, [..])             ->  %v = aten.view(%x, [..])                where %x has the strides for it
+    %v = aten.flatten(%x : [B, S, 2, 3], 2) ->  %v = aten.view(%x, [B, S, 6])           likewise
+    %p = aten.chunk(%x : [B, S, 6], 2, -1)  ->  %p = aten.split(%x, 3, -1)
+    %y = aten.div_(%x, %z); use(%x, %y)     ->  %y = aten.div(%x, %z); use(%y, %y)      where nobody else has %x's memory
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 aten = torch.ops.aten
-_RENAMED = {aten.to.dtype, aten.to.device, aten.reshape.default}
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default)
+_RENAMED = {*_CASTS, aten.reshape.default, aten.flatten.using_ints, aten.dropout.default, aten.chunk.default}
 # Made of smaller ops, but kept as they are: torch keeps them, too, and the passes read them so.
-_KEPT = {aten.linear.default, aten.matmul.default, aten.sym_size.int}
+_KEPT = {
+    aten.linear.default, aten.matmul.default, aten.sym_size.int, aten.softmax.int, aten.layer_norm.default,
+    aten.repeat_interleave.self_int,
+}  # fmt: skip
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -31,18 +40,33 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _RENAMED:
             _rename(graph, node)
+        elif _is_op(node) and _schema(node).is_mutable:
+            _write_anew(node)
     exported.graph_module.recompile()
     return exported
 
 
 def _is_plain(node: fx.Node) -> bool:
     """Whether a node stays as it is, or can be renamed."""
-    if node.op in ("placeholder", "output") or not isinstance(node.target, torch._ops.OpOverload):
+    if not _is_op(node):
         return node.op != "get_attr" and node.op != "call_module" and _is_python(node)
     if node.target in _RENAMED:
         return _rename_of(node) is not None
-    is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
-    return node.target in _KEPT or not (is_composite or node.target._schema.is_mutable)
+    if _schema(node).is_mutable:
+        return _can_write_anew(node)
+    return node.target in _KEPT or not _is_composite(node)
+
+
+def _is_op(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def _schema(node: fx.Node) -> Any:
+    return node.target._schema  # type: ignore[union-attr]
+
+
+def _is_composite(node: fx.Node) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")  # type: ignore[union-attr]
 
 
 def _is_python(node: fx.Node) -> bool:
@@ -50,26 +74,59 @@ def _is_python(node: fx.Node) -> bool:
     return node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def _rename_of(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+def _rename_of(node: fx.Node) -> _Call | None:
     """The functional op for a node; `aten.alias` stands for the operand itself. None: it takes more than a new name."""
+    if node.target in _CASTS:
+        return _cast_of(node)
     arguments: tuple[Any, ...] = node.args
-    source, value = arguments[0], node.meta["val"]
-    given = source.meta["val"]
-    if node.target is aten.reshape.default:
-        sizes = [size.meta["val"] if isinstance(size, fx.Node) else size for size in arguments[1]]
-        try:
-            with value.fake_mode:
-                aten.view.default(given, sizes)
-        except (RuntimeError, ValueError):
-            return None
-        return aten.view.default, arguments, {}
-    is_to_dtype = node.target is aten.to.dtype
-    options = {"dtype": arguments[1]} if is_to_dtype else {"dtype": arguments[2], "device": arguments[1]}
-    if any(arguments[2 if is_to_dtype else 3 :]) or node.kwargs:  # a copy, or another memory format, was asked for
+    source = arguments[0]
+    if node.target is aten.dropout.default:
+        return None if arguments[2] else (aten.alias.default, (source,), {})
+    if node.target is aten.chunk.default:
+        return _split_of(node)
+    if node.target is aten.flatten.using_ints:
+        sizes = [-1 if axis is None else source.meta["val"].shape[axis] for axis in _flat_axes(node)]
+    else:
+        sizes = arguments[1]
+    given = [size.meta["val"] if isinstance(size, fx.Node) else size for size in sizes]
+    try:
+        with node.meta["val"].fake_mode:
+            aten.view.default(source.meta["val"], given)
+    except (RuntimeError, ValueError):
+        return None
+    return aten.view.default, (source, sizes), {}
+
+
+def _cast_of(node: fx.Node) -> _Call | None:
+    """A cast as a copy in another dtype or on another device."""
+    source, *rest = node.args
+    given, value = source.meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    asked = 0 if node.target is aten.to.dtype_layout else 2 if node.target is aten.to.device else 1
+    options = dict(node.kwargs)
+    is_strided = options.pop("layout", torch.strided) in (None, torch.strided)
+    named = options.keys() <= {"dtype", "device"} if node.target is aten.to.dtype_layout else not options
+    if any(rest[asked:]) or not is_strided or not named:  # a copy, or another memory format, was asked for
         return None
     if value.dtype == given.dtype and value.device == given.device:
         return aten.alias.default, (source,), {}
-    return aten._to_copy.default, (source,), options
+    wanted = {"dtype": value.dtype} | ({"device": value.device} if value.device != given.device else {})
+    return aten._to_copy.default, (source,), wanted
+
+
+def _split_of(node: fx.Node) -> _Call | None:
+    """chunk by the size of a part; where there are fewer parts than asked for, or sizes are symbolic, it is torch's to say."""
+    source, count, *axis = node.args
+    at = axis[0] if axis else 0
+    parts = [part.shape[at] for part in node.meta["val"]]
+    is_plain = len(parts) == count and all(isinstance(size, int) for size in parts)
+    return (aten.split.Tensor, (source, parts[0], at), {}) if is_plain else None
+
+
+def _flat_axes(node: fx.Node) -> list[int | None]:
+    """The operand's axis behind each of a flatten's results; None: the flattened one."""
+    dims = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    start, end = (axis % max(dims, 1) for axis in (*node.args[1:], *(0, -1)[len(node.args) - 1 :]))
+    return [*range(start), None, *range(end + 1, dims)]
 
 
 def _rename(graph: fx.Graph, node: fx.Node) -> None:
@@ -80,4 +137,59 @@ def _rename(graph: fx.Graph, node: fx.Node) -> None:
         node.replace_all_uses_with(args[0])
         graph.erase_node(node)
         return
+    if node.target is aten.flatten.using_ints:
+        args = args[0], [-1 if axis is None else _size_node(graph, node, axis) for axis in _flat_axes(node)]
     node.target, node.args, node.kwargs = target, args, kwargs  # the name stays: the program's signature refers to outputs
+
+
+def _size_node(graph: fx.Graph, node: fx.Node, axis: int) -> Any:
+    """A size of a node's operand: a number, or a node if it is symbolic."""
+    source = node.args[0]
+    size = source.meta["val"].shape[axis]  # type: ignore[union-attr]
+    if isinstance(size, int):
+        return size
+    with graph.inserting_before(node):
+        made = graph.call_function(aten.sym_size.int, (source, axis))
+    made.meta = {**node.meta, "val": size}
+    return made
+
+
+def _can_write_anew(node: fx.Node) -> bool:
+    """Whether what a node writes to is one op's new result that no view shows, so that nobody else sees the write."""
+    target = node.args[0]
+    if not isinstance(target, fx.Node) or _functional_of(node) is None:
+        return False
+    maker = target.args[0] if target.target is operator.getitem else target
+    makes_new = isinstance(maker, fx.Node) and _is_op(maker) and not _may_share(maker)
+    before, after = target.meta["val"], node.meta["val"]
+    return (
+        makes_new and not any(_may_share(user) for user in target.users if user is not node)
+        and isinstance(after, Tensor) and before.dtype == after.dtype and before.shape == after.shape
+    )  # fmt: skip
+
+
+def _functional_of(node: fx.Node) -> Any:
+    """The op that leaves a new tensor where this one, `name_`, writes to its first operand alone; None: there is none."""
+    schema = _schema(node)
+    namespace, name = schema.name.split("::")
+    written = [one.name for one in schema.arguments if one.alias_info is not None and one.alias_info.is_write]
+    if namespace != "aten" or not name.endswith("_") or written != ["self"] or len(schema.returns) != 1:
+        return None
+    return getattr(getattr(aten, name[:-1], None), schema.overload_name or "default", None)
+
+
+def _may_share(node: fx.Node) -> bool:
+    """Whether a node's result may have the memory of an operand."""
+    if not _is_op(node):
+        return not isinstance(node.meta.get("val"), torch.SymInt)
+    if _is_composite(node) and node.target not in _KEPT:
+        return True
+    return any(one.alias_info is not None for one in _schema(node).returns)
+
+
+def _write_anew(node: fx.Node) -> None:
+    """Let a write leave a new tensor, which everybody after it reads."""
+    target = node.args[0]
+    assert isinstance(target, fx.Node)
+    node.target = _functional_of(node)
+    target.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and node < user)

@@ -53,18 +53,32 @@ def is_traced_again(monkeypatch: pytest.MonkeyPatch, write: Callable[[Tensor], T
     return bool(asked)
 
 
+def written(x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+    """Something reads x, then it is written to."""
+    other = read(x)
+    x.mul_(3)
+    return x + other
+
+
 RENAMED = {
     "norm": lambda x: (x.to(torch.float32) * x.float().pow(2).mean(-1, keepdim=True).rsqrt()).to(torch.bfloat16),
     "a cast at the end": lambda x: (x + 1).to(torch.float32), "no cast at the end": lambda x: x.to(torch.bfloat16),
     "a cast to what it is": lambda x: x.to(torch.bfloat16) + 1,
     "heads": lambda x: x.view(*x.shape[:2], 2, 4).sin().reshape(*x.shape[:2], -1),
     "a product": lambda x: torch.matmul(x, x.transpose(1, 2)),
-    "sizes": lambda x: x * x.shape[1],
+    "sizes": lambda x: x * x.shape[1], "parts": lambda x: x.chunk(2, -1)[1] * 2, "uneven parts": lambda x: x.chunk(3, -1)[2] * 2,
+    "another's dtype": lambda x: (x.float() * 3).type_as(x), "no dropout": lambda x: torch.dropout(x, 0.5, False) + 1,
+    "flat": lambda x: x.view(*x.shape[:2], 2, 4).flatten(-2) + x.sin()[:, :, None].flatten(1, 2),
+    "all flat": lambda x: x.flatten() + 1,
+    "flat, as a result": lambda x: x.view(*x.shape[:2], 2, 4).flatten(2, 3),
+    "in place": lambda x: x.clone().add_(1), "in place, read before and after": lambda x: written(x.sin(), torch.cos),
 }
 TRACED = {
-    "in place": lambda x: x.clone().add_(1),
+    "in place, seen through a view": lambda x: written(x.sin(), lambda y: y[:1]),
+    "in place, twice": lambda x: x.clone().add_(1).mul_(3), "parts that are missing": lambda x: x.chunk(5, -1)[3],
+    "in place, in another shape": lambda x: x.transpose(0, 1).add_(1), "dropout": lambda x: torch.dropout(x, 0.0, True),
     "a reshape that copies": lambda x: x.transpose(1, 2).reshape(x.shape[0], -1),
-    "a forced copy": lambda x: x.to(torch.bfloat16, copy=True), "parts": lambda x: x.chunk(2, -1)[0],
+    "a forced copy": lambda x: x.to(torch.bfloat16, copy=True),
     "another device's copy": lambda x: x.to("cpu", torch.float32, copy=True),
     "a layout": lambda x: x[:, :, None].to(torch.float32, memory_format=torch.channels_last),
 }  # fmt: skip
@@ -83,6 +97,7 @@ def test_what_is_traced_again(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
 STEPS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.float(), lambda x: x.to(torch.bfloat16), lambda x: x.reshape(x.shape[0], -1, x.shape[-1]),
     lambda x: x.transpose(0, 1).reshape(x.shape[0], x.shape[1], -1), torch.sin, lambda x: x * 2, lambda x: x.clone().mul_(3),
+    lambda x: written(x.cos(), torch.sin), lambda x: written(x.cos(), lambda y: y[:1]),
 ]  # fmt: skip
 
 
@@ -101,4 +116,4 @@ def test_any_chain_keeps_its_meaning(steps: list[Callable[[Tensor], Tensor]]) ->
 def test_a_write_that_is_taken_for_plain_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autospec.decompose._is_plain", lambda node: True)
     with pytest.raises(AssertionError):
-        is_traced_again(monkeypatch, TRACED["in place"])
+        is_traced_again(monkeypatch, TRACED["in place, seen through a view"])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from autospec.arguments import Parser
+from autospec.arguments import Parser, check_files
 from autospec.errors import AutospecError, OptionError
 
 
@@ -297,6 +297,7 @@ def _explain(asked: argparse.Namespace) -> int:
     from autospec import debug
     from autospec.report_html import page
 
+    check_files({"--html": asked.html}, "autospec explain")
     bench = None if asked.bench is None else _read_bench(asked.bench)
     with debug.keeping() as texts:
         fast = _optimized(asked)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from autospec.ir.passes import PassRecord
 from autospec.ir.slots import is_pages
 from autospec.program import Described, Program
+
+_CHOSEN = re.compile(r"(\w+): (\w+) x (\d+)")  # a line that select-kernels says
 
 
 def explain_text(target: Described, draft: Described | None, program: Program) -> str:
@@ -38,7 +41,7 @@ class KernelRow:
     """What runs one op in one graph.
 
     Args:
-        count: calls; 0 where a package hides them.
+        count: calls.
         layers: where the op belongs to layers, as `0-3, 7`.
         refusals: `backend: reason` of implementations that did not take some of the calls.
     """
@@ -58,9 +61,6 @@ def kernel_table(program: Program) -> list[str]:
     shared = [reason for reason in dict.fromkeys(reasons) if reasons.count(reason) > 3]
     lines = ["kernels"]
     for row in rows:
-        if not row.count:
-            lines.append(f"  {row.graph:<14} packaged: see select-kernels of its .aot graph above")
-            continue
         where = f"layers {row.layers}" if row.layers else ""
         lines.append(f"  {row.graph:<14} {row.op:<20} {row.backend:<12} x {row.count:<4} {where}".rstrip())
         lines += [f"{'':<38} without {reason}" for reason in row.refusals if reason not in shared]
@@ -73,7 +73,7 @@ def kernel_rows(program: Program) -> list[KernelRow]:
     refusals = _kernel_refusals(program.records)
     for graph in program.graphs.values():
         if graph.module is None:
-            rows.append(KernelRow(graph.name, "", "packaged", 0))
+            rows += _packaged(graph.name, program.records, refusals)
             continue
         found: dict[tuple[str, str], list[int | None]] = {}
         for node in graph.module.graph.nodes:
@@ -86,6 +86,16 @@ def kernel_rows(program: Program) -> list[KernelRow]:
             reasons = refusals.get((graph.name, op), ())
             rows.append(KernelRow(graph.name, op, backend, len(layers), ranges(known), tuple(reasons)))
     return rows
+
+
+def _packaged(graph: str, records: Iterable[PassRecord], refusals: Mapping[tuple[str, str], list[str]]) -> list[KernelRow]:
+    """What a package calls, as select-kernels noted when it was compiled: `op: backend x count`; layers are not told."""
+    details = [line for one in records if (one.graph, one.name) == (f"{graph}.aot", "select-kernels") for line in one.details]
+    found = sorted(match.groups() for match in map(_CHOSEN.fullmatch, details) if match)
+    return [
+        KernelRow(graph, op, backend, int(count), refusals=tuple(refusals.get((f"{graph}.aot", op), ())))
+        for op, backend, count in found
+    ]
 
 
 def _kernel_refusals(records: Iterable[PassRecord]) -> dict[tuple[str, str], list[str]]:

@@ -112,7 +112,7 @@ def _kernels(rows: Sequence[KernelRow]) -> str:
         return ""
     cells = "".join(
         f'<tr><td class="m">{escape(row.graph)}</td><td class="m">{escape(row.op)}</td><td class="m">{escape(row.backend)}</td>'
-        f'<td class="n">{row.count or ""}</td><td>{escape(row.layers)}</td><td class="i">'
+        f'<td class="n">{row.count}</td><td>{escape(row.layers)}</td><td class="i">'
         + "".join(f'<div class="why">{escape(reason)}</div>' for reason in row.refusals) + "</td></tr>"
         for row in rows
     )  # fmt: skip

@@ -138,6 +138,6 @@ def test_the_verb_writes_the_page(written: Callable[[str], Path], tmp_path: Path
     assert main(options) == 0
     assert "page-kv-cache" in capsys.readouterr().out
     assert "100 tokens/s" in file.read_text()
-    for broken, message in (("--html", "the file cannot be written"), ("--bench", "needs what `autospec bench --json` wrote")):
+    for broken, message in (("--html", "there is no folder for --html"), ("--bench", "needs what `autospec bench --json` wrote")):
         assert main([*options, broken, str(tmp_path / "none" / "x")]) == 2
         assert message in capsys.readouterr().err

@@ -20,20 +20,26 @@ from autospec.errors import AutospecError, OptionError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    # torch's own pytree and export code warns about itself on every copy; nobody at a command line can act on it.
-    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        if given and given[0] in _WITH_OWN_OPTIONS:
-            return _WITH_OWN_OPTIONS[given[0]][0](given[1:])
-        asked = parser.parse_args(given)
-        return int(asked.run(asked) or 0)
+        with warnings.catch_warnings():
+            # torch's own pytree and export code warns about itself on every copy; nobody at a command line can act on it.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.showwarning = _warn
+            if given and given[0] in _WITH_OWN_OPTIONS:
+                return _WITH_OWN_OPTIONS[given[0]][0](given[1:])
+            asked = _parser().parse_args(given)
+            return int(asked.run(asked) or 0)
     except AutospecError as error:
         print(f"autospec: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("autospec: interrupted", file=sys.stderr)
         return 130
+
+
+def _warn(message: Warning | str, *place: object, **more: object) -> None:
+    """A warning without the line of code that gave it."""
+    print(f"autospec: warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -125,8 +125,10 @@ def _how(artifact: Artifact, asked: str | None, fallback: bool) -> str:
     if fallback:
         warnings.warn(f"{reason}; its portable graphs are compiled instead", stacklevel=3)
         return "inductor"
-    raise ArtifactError(reason, at="compile='aot'", where=str(artifact.folder),
-                        help="export on such a machine, or use the portable graphs: fallback=True (--fallback)")  # fmt: skip
+    help = "export on such a machine, or use the portable graphs: fallback=True (--fallback)"
+    if artifact.aot is None:
+        help = "leave compile out, or export it with compile='aot' (--compile aot)"
+    raise ArtifactError(reason, at="compile='aot'", where=str(artifact.folder), help=help)
 
 
 def _device(asked: str | torch.device | None) -> torch.device | None:

@@ -44,6 +44,7 @@ from autospec.threads import available_cores, limit_threads
 WHERE = "autospec bench"
 DEMO = "bundled:target"
 DEMO_DRAFTERS = ("ngram", "draft:bundled:draft", "eagle3:bundled:eagle3")
+DEMOS = {DEMO: DEMO_DRAFTERS, "bundled:mla": ("ngram", "mtp")}  # bundled models with a tokenizer, for the bundled prompts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTION = "--speculation"
 
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     model_arguments(made)
     made.add_argument("--prompts", type=Path, metavar="FILE",
                       help="one prompt a line; .jsonl: strings, lists of token ids, or objects with text, prompt or "
-                           "input_ids (default for bundled:target: its own)")  # fmt: skip
+                           "input_ids (default for bundled models: their own)")  # fmt: skip
     made.add_argument("--batch-sizes", type=sizes, default=None, metavar="B,B,...", help="measure by rows at once, such as 1,4")
     made.add_argument("--prompt-lengths", type=sizes, default=None, metavar="S,S,...",
                       help="measure by prompt length in tokens, cut from the prompts' text, such as 32,128")  # fmt: skip
@@ -121,7 +122,7 @@ def speculations(arguments: Sequence[str]) -> list[tuple[str, Speculation]]:
     common = list(arguments[: starts[0]] if starts else arguments)
     groups = [list(arguments[a:b]) for a, b in itertools.pairwise([*starts, len(arguments)])]
     if not starts:
-        groups = [[OPTION, name] for name in (DEMO_DRAFTERS if model == DEMO else ("ngram",))]
+        groups = [[OPTION, name] for name in DEMOS.get(model, ("ngram",))]
     found: list[tuple[str, Speculation]] = []
     for group in groups:
         # The model may stand among the common options or behind a drafter; here a second one is of no interest.
@@ -281,9 +282,9 @@ def _sweeps(asked: argparse.Namespace, runs: Sequence[Run], prompts: Sequence[li
 
 def read_prompts(model: str, file: Path | None) -> list[list[int]]:
     """Token ids of every prompt of a file, or of the bundled ones."""
-    if file is None and model != DEMO:
+    if file is None and model not in DEMOS:
         raise OptionError("bench needs prompts", at="--prompts", where=WHERE,
-                          help="name a file with one prompt a line; only bundled:target has prompts of its own")  # fmt: skip
+                          help="name a file with one prompt a line; only bundled models have prompts of their own")  # fmt: skip
     prompts: list[Any] = [one["text"] for one in demo_prompts()]
     if file is not None:
         try:
@@ -318,7 +319,7 @@ def _prompt(line: str, place: str) -> Any:
 def _load(asked: argparse.Namespace) -> Any:
     """The target on its device, in its dtype."""
     limit_threads()
-    dtype = asked.dtype or ("float32" if asked.model == DEMO else None)
+    dtype = asked.dtype or ("float32" if asked.model in DEMOS else None)
     module = load_model(resolve(asked.model), "model")
     return module.to(device=asked.device, dtype=DTYPES[dtype] if dtype else None)
 

@@ -37,7 +37,7 @@ FLOORS = {
     "autospec.zoo": 6, "autospec.tiny_models": 6, "autospec.check_draft": 6,
     "autospec.report_html": 6, "autospec.report_charts": 6,
     "autospec.training": 6, "autospec.model_zoo.demo.evaluate": 6,
-    "autospec.model_zoo.demo.train": 6, "autospec.model_zoo.demo.train_heads": 6,
+    "autospec.model_zoo.demo.train": 6, "autospec.model_zoo.demo.train_heads": 6, "autospec.model_zoo.demo.train_mla": 6,
 }  # fmt: skip
 
 RUNTIME_MAY_IMPORT = (

@@ -214,7 +214,8 @@ pipeline_tag: text-generation
 `target/` is a Llama of {record["target"]["parameters"] / 1e6:.2f}M parameters trained on Python source. `draft/` is a
 Llama of {record["draft"]["parameters"] / 1e6:.2f}M that imitates it, to be used as its speculative draft model; the
 tokenizer is in `target/`. They are here so that speculative decoding can be shown, tested and measured with weights
-that mean something, on any machine and without a download.
+that mean something, on any machine and without a download. [mla/](mla/README.md) is a smaller model apart from these,
+with DeepSeek-V3's architecture.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

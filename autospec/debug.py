@@ -18,6 +18,7 @@ from autospec.errors import OptionError, unknown_option
 
 # What AUTOSPEC_DISABLE_KERNELS and AUTOSPEC_KERNELS may name; a word means every backend that it begins.
 BACKENDS = ("triton", "flashinfer", "flashinfer_xqa", "flashinfer_trtllm", "flashinfer_fa2", "cpu")
+ROUTES = ("native", "expanded")  # of AUTOSPEC_KERNELS, for ops that can take a step as requests of one token
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def disabled_kernels() -> frozenset[str]:
 
 
 def forced_kernels() -> tuple[tuple[str, str], ...]:
-    """(op, backend) pairs of AUTOSPEC_KERNELS (such as `paged_attention=triton`); the backend may be `reference`."""
+    """(op, backend) pairs of AUTOSPEC_KERNELS (such as `paged_attention=triton`); the backend may be `reference`, or a route."""
     pairs: dict[str, str] = {}
     for word in filter(None, (word.strip() for word in os.environ.get("AUTOSPEC_KERNELS", "").split(","))):
         op, equals, backend = (part.strip() for part in word.partition("="))
@@ -92,8 +93,8 @@ def forced_kernels() -> tuple[tuple[str, str], ...]:
                 f"AUTOSPEC_KERNELS names a backend for an op, got {word!r}", at=word, where="AUTOSPEC_KERNELS",
                 help="write op=backend, such as paged_attention=triton",
             )  # fmt: skip
-        if backend not in (*BACKENDS, "reference"):
-            raise unknown_option("AUTOSPEC_KERNELS", backend, [*BACKENDS, "reference"])
+        if backend not in (*BACKENDS, "reference", *ROUTES):
+            raise unknown_option("AUTOSPEC_KERNELS", backend, [*BACKENDS, "reference", *ROUTES])
         if pairs.setdefault(op, backend) != backend:
             raise OptionError(
                 f"AUTOSPEC_KERNELS names two backends for {op}", at=word, where="AUTOSPEC_KERNELS", help="leave one of them out"

@@ -17,7 +17,7 @@ from autospec.config import (
     NGramConfig,
     Speculation,
 )
-from autospec.debug import disabled_kernels, forced_kernels
+from autospec.debug import ROUTES, disabled_kernels, forced_kernels
 from autospec.errors import OptionError, unknown_option
 from autospec.ir.passes import Pass, Stage
 from autospec.ir.slots import Slot
@@ -25,6 +25,7 @@ from autospec.passes.attach_draft_head import AttachDraftHead
 from autospec.passes.attach_draft_model import AttachDraftModel
 from autospec.passes.attach_medusa_heads import AttachMedusaHeads
 from autospec.passes.bind_positions import BindPositions
+from autospec.passes.expand_dsa_decode import ExpandDsaDecode
 from autospec.passes.fix_order import FixOrder
 from autospec.passes.fold_noops import FoldNoops
 from autospec.passes.fuse_linears import FuseLinears
@@ -261,8 +262,11 @@ def finish(shape: Shape, speculation: Speculation) -> list[Stage]:
 
 def select() -> Stage:
     """The only stage that looks at the machine; a saved program runs it where it is loaded."""
-    chosen = SelectKernels(disabled=disabled_kernels(), forced=forced_kernels())
-    return Stage("select", [FuseNeighbours(), FuseRope(), PackLinears(), NarrowLinears(), chosen])
+    disabled, forced = disabled_kernels(), forced_kernels()
+    asked = dict(forced).get("dsa_indexer_logits", "")
+    expanded = ExpandDsaDecode(disabled=disabled, route=asked if asked in ROUTES else "")
+    chosen = SelectKernels(disabled=disabled, forced=forced)
+    return Stage("select", [FuseNeighbours(), FuseRope(), expanded, PackLinears(), NarrowLinears(), chosen])
 
 
 def portable(stages: Sequence[Stage]) -> list[Stage]:

@@ -26,7 +26,7 @@ from autospec.kernels.launch import (
     tl,
     wrap_triton,
 )
-from autospec.kernels.paged_attention import block_pages, load_rows, row_numbers
+from autospec.kernels.paged_attention import block_pages, load_rows, row_numbers, sample_places
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, deviation, time_graph
 
@@ -142,6 +142,28 @@ def dsa_indexer_logits_triton(
     """One program per block of slots and group of nodes; heads are summed in registers and never written."""
     tile = TILES[index_q.element_size()]
     return score_pages(index_q, index_weights, index_pages, page_table, kv_lens, q_lens, scale, index_topk, tile)
+
+
+@dsa_indexer_logits.expander
+def expand(args: Mapping[str, Any]) -> dict[str, Any]:
+    """B * N requests of one token: token j of a request sees kv_lens + j rows before itself, which is all that it may select."""
+    q_len = args["index_q"].shape[1]
+    rows = args["kv_lens"][:, None] + torch.arange(q_len, device=args["kv_lens"].device, dtype=torch.int32)
+    tokens = {name: args[name].flatten(0, 1).unsqueeze(1) for name in ("index_q", "index_weights")}
+    return {**args, **tokens, "page_table": args["page_table"].repeat_interleave(q_len, 0), "kv_lens": rows.flatten()}
+
+
+@dsa_indexer_logits.sampler
+def sample(args: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """Random rows, pages in a random order, and texts that fill them, so that every score is specified."""
+    floats = {
+        name: torch.empty(args[name].shape, dtype=args[name].dtype, device=generator.device).normal_(generator=generator)
+        for name in ("index_q", "index_weights", "index_pages")
+    }
+    places = sample_places({**args, "tree_mask": None}, args["index_q"].shape[1], args["index_pages"], generator)
+    capacity = args["page_table"].shape[1] * args["index_pages"].shape[1]
+    places["kv_lens"] = torch.full_like(places["kv_lens"], capacity - args["index_q"].shape[1])
+    return {**args, **floats, **places, "index_topk": 0}
 
 
 def random_case(

@@ -25,6 +25,7 @@ from autospec.kernels.launch import launching_directly
 
 Support = Callable[[Mapping[str, Any]], str | None]
 Sample = Callable[[Mapping[str, Any], torch.Generator], dict[str, Any]]
+Expansion = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 if not __name__.startswith("autospec."):
     raise ImportError(
@@ -35,12 +36,17 @@ if not __name__.startswith("autospec."):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op: the backend's name, when it cannot, and the op that replaces the canonical one."""
+    """One way to run an op: the backend's name, when it cannot, and the op that replaces the canonical one.
+
+    Args:
+        next_n: numbers of tokens per request that it takes, where it does not take any number.
+    """
 
     backend: str
     why_not: Support
     op: Any  # torch._ops.OpOverload
     function: Callable[..., Any]
+    next_n: frozenset[int] | None = None
 
 
 @dataclass
@@ -54,6 +60,7 @@ class KernelOp:
     signature: inspect.Signature
     implementations: list[Implementation] = field(default_factory=list)
     sample: Sample | None = None  # what to measure implementations with; None: the first that can is taken
+    expand: Expansion | None = None  # the same work as requests of one token each
 
     @property
     def every_form(self) -> list[Any]:
@@ -67,6 +74,11 @@ class KernelOp:
         self.sample = sample
         return sample
 
+    def expander(self, expand: Expansion) -> Expansion:
+        """Declare how a call of several tokens per request becomes one of a token each: from arguments by name to such."""
+        self.expand = expand
+        return expand
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.op(*args, **kwargs)
 
@@ -77,11 +89,12 @@ class KernelOp:
         return dict(bound.arguments)
 
     def implementation(
-        self, backend: str, *, why_not: Support, waits: bool = False
+        self, backend: str, *, why_not: Support, waits: bool = False, next_n: frozenset[int] | None = None
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register a faster implementation with the reference's signature.
 
         Args:
+            next_n: the numbers of tokens per request (the second dimension of the first argument) that it takes; None: any.
             waits: its Triton kernels wait inside for the kernel before them (`wrap_triton`): where Python may launch
                 them, torch.ops.autospec_direct.<name> does.
         """
@@ -92,7 +105,8 @@ class KernelOp:
             if backend not in TRACED:
                 definition.register_fake(self.reference)
             op = getattr(getattr(torch.ops, f"autospec_{backend}"), self.name).default
-            self.implementations.append(Implementation(backend, why_not, op, function))
+            support = why_not if next_n is None else of_widths(next_n, why_not)
+            self.implementations.append(Implementation(backend, support, op, function, next_n))
             if waits:
                 DIRECT[op] = self._direct(function)
             return function
@@ -123,6 +137,18 @@ class KernelOp:
         torch.library.register_fake(name, self.reference, lib=_native)
         op = getattr(torch.ops.autospec_cpu, self.name).default
         self.implementations.append(Implementation("cpu", why_not, op, self.reference))
+
+
+def of_widths(next_n: frozenset[int], why_not: Support) -> Support:
+    """The same support check for calls of so many tokens per request only."""
+
+    def support(arguments: Mapping[str, Any]) -> str | None:
+        width = next(iter(arguments.values())).shape[1]
+        if width not in next_n:
+            return f"it takes {' or '.join(map(str, sorted(next_n)))} tokens per request, not {width}"
+        return why_not(arguments)
+
+    return support
 
 
 TRACED = ("triton", "flashinfer_xqa", "flashinfer_trtllm")  # Inductor sees what they do; other backends' ops are opaque

@@ -18,7 +18,7 @@ from torch import fx
 
 import autospec.kernels.flashinfer
 import autospec.kernels.flashinfer_mla  # noqa: F401 - registers its implementations
-from autospec.debug import names
+from autospec.debug import ROUTES, names
 from autospec.errors import OptionError, unknown_option
 from autospec.ir.build import value_of
 from autospec.ir.passes import Notes, Pass
@@ -97,6 +97,8 @@ class SelectKernels(Pass):
         for op, word in self.forced:
             if op not in known:
                 raise unknown_option("AUTOSPEC_KERNELS", op, known)
+            if word in ROUTES and known[op].expand is not None:  # expand-dsa-decode has taken it
+                continue
             backends = [one.backend for one in known[op].implementations]
             if word != "reference" and not any(names(word, backend) for backend in backends):
                 raise OptionError(

@@ -59,6 +59,8 @@ ARGUMENTS = {
     "index_pages": lambda: torch.randn(1 + B * PAGES, P, 8), "index_topk": lambda: 6,
     "index_k": lambda: torch.randn(B, N, 8),
     "indices": lambda: torch.tensor([0, 2, 4, -1], dtype=torch.int32).expand(B, N, -1).contiguous(),
+    "expanded_table": lambda: integers(9, B * N + 2, PAGES, dtype=torch.int32),
+    "expanded_lens": lambda: integers(9, B * N + 2, dtype=torch.int32),
     "w_uk": lambda: torch.randn(HQ, 5, 8), "w_uv": lambda: torch.randn(HQ, 6, 8),
     "top_k_index": lambda: torch.tensor([[0, 2], [1, 3], [3, 4], [2, 1], [-1, 0], [2, 3]]),
     "top_k_weights": lambda: torch.rand(6, 2), "gate_up": lambda: torch.randn(4, 6, 7), "down": lambda: torch.randn(4, 7, 3),

@@ -16,6 +16,8 @@ from autospec.api import Limits, OptimizedModel
 from autospec.assemble import capture_model
 from autospec.config import DraftTargetConfig, NGramConfig
 from autospec.errors import CaptureError
+from autospec.ir.match import calls
+from autospec.kernels.expand_requests import expand_requests
 from autospec.program import CapturedModel
 from autospec.tiny_models import lively_model, tiny_model
 from autospec.zoo import reference_tokens
@@ -186,3 +188,34 @@ PLANTS = [
 def test_a_planted_bug_is_caught(plant: Plant, law: Callable[[Workshop], None]) -> None:
     with pytest.raises(AssertionError):
         law(Workshop(plant))
+
+
+def expanded_draft(workshop: Workshop) -> None:
+    """Every token of a step is scored as a request of its own."""
+    laws.lossless_for_any_draft(workshop, target="sparse")
+
+
+@pytest.fixture
+def expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOSPEC_KERNELS", "dsa_indexer_logits=expanded")
+
+
+@ONE_WORKER
+@pytest.mark.usefixtures("expanded")
+def test_the_expanded_route_keeps_the_laws() -> None:
+    workshop = Workshop()
+    expanded_draft(workshop)
+    sparse_tree(workshop)
+    steps = [graph for session in workshop._sessions.values() for name, graph in session.program.graphs.items() if "step" in name]
+    assert all(list(calls(step.module, expand_requests)) for step in steps)
+
+
+def _not_request_major(op: Any, page_table: Tensor, kv_lens: Tensor, q_len: int, table: Tensor, lens: Tensor) -> None:
+    op(page_table.roll(1, 0), kv_lens, q_len, table, lens)
+
+
+@ONE_WORKER
+@pytest.mark.usefixtures("expanded")
+def test_a_planted_bug_of_the_expanded_route_is_caught() -> None:
+    with pytest.raises(AssertionError):
+        expanded_draft(Workshop(Plant("tokens of other requests", "expand_requests", _not_request_major, ("step",))))

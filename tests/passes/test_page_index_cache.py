@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
-from harness.graphs import VOCAB, after, apply, check_golden, evaluate, new_state
-from harness.indexers import indexers, written
+from harness.graphs import VOCAB, after, apply, check_golden, evaluate
+from harness.indexers import BATCH, PAGE, PAGES_PER_ROW, SIZES, captured, indexers, paged, state_of, static, written
 from harness.latents import concatenated, latent_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import Tensor
 
 from autospec.ir.match import argument, calls
 from autospec.ir.slots import slots
@@ -28,30 +26,8 @@ from autospec.passes.offset_draft_layers import OffsetDraftLayers
 from autospec.passes.page_index_cache import PageIndexCache
 from autospec.passes.page_kv_cache import PageKvCache
 from autospec.passes.page_latent_cache import PageLatentCache
-from autospec.passes.recognize_dsa import RecognizeDsa
-from autospec.passes.recognize_mla import RecognizeMla
 from autospec.passes.specialize_shapes import SpecializeShapes
 from autospec.passes.widen_decode import FeedPrompt
-
-BATCH, PAGE, PAGES_PER_ROW = 2, 4, 8
-SIZES = {"page_size": PAGE, "num_pages": 1 + BATCH * PAGES_PER_ROW, "pages_per_row": PAGES_PER_ROW}
-
-
-@functools.cache
-def captured(*which: bool) -> tuple[fx.GraphModule, dict[str, Tensor]]:
-    graph, weights = latent_graph(concatenated, num_layers=len(which), indexers=indexers(written, *which))
-    apply(graph, RecognizeMla(), RecognizeDsa())
-    return graph, weights
-
-
-@functools.cache
-def static(q_len: int, *which: bool) -> fx.GraphModule:
-    return after(captured(*which)[0], SpecializeShapes(batch_size=BATCH, q_len=q_len), FoldNoops())
-
-
-@functools.cache
-def paged(q_len: int, *which: bool) -> fx.GraphModule:
-    return after(static(q_len, *(which or (True, True))), PageIndexCache(**SIZES), PageLatentCache(**SIZES))
 
 
 def test_text() -> None:
@@ -90,17 +66,6 @@ def test_a_chunk_of_the_prompt_knows_its_length() -> None:
     graph = after(paged(5), FeedPrompt(batch_size=BATCH, q_len=5, token_room=32, max_position=32))
     for node in calls(graph, (dsa_indexer_logits, dsa_topk)):
         assert argument(node, "q_lens").meta["role"] == "q_lens"
-
-
-def state_of(module: fx.GraphModule, generator: torch.Generator) -> dict[str, Tensor]:
-    """Pages lie anywhere and hold what earlier requests left."""
-    state = new_state(module)
-    order = torch.randperm(BATCH * PAGES_PER_ROW, generator=generator).to(torch.int32) + 1
-    state["page_table"].copy_(order.reshape(BATCH, PAGES_PER_ROW))
-    for name, tensor in state.items():
-        if "pages." in name:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 3)
-    return state
 
 
 def whole_text(length: int, generator: torch.Generator, *which: bool) -> tuple[Tensor, Tensor, Tensor]:

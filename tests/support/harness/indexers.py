@@ -1,4 +1,4 @@
-"""Small indexers whose scores are put together in any of several ways."""
+"""Small indexers whose scores are put together in any of several ways, and models of latent layers that they select for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from autospec.kernels.select_keys import top_keys
+from autospec.passes.fold_noops import FoldNoops
+from autospec.passes.page_index_cache import PageIndexCache
+from autospec.passes.page_latent_cache import PageLatentCache
+from autospec.passes.recognize_dsa import RecognizeDsa
+from autospec.passes.recognize_mla import RecognizeMla
+from autospec.passes.specialize_shapes import SpecializeShapes
+from harness.graphs import after, apply, new_state
+from harness.latents import concatenated, latent_graph
 
 Scores = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, Hi, Di], weights [B, S, Hi], k [B, S, Di] -> [B, S, S]
 
@@ -47,3 +55,36 @@ def unscaled(q: Tensor, weights: Tensor, k: Tensor) -> Tensor:
     keys = k.to(torch.bfloat16)[:, :, None].permute(0, 2, 3, 1).float()
     scores = torch.relu(torch.matmul(q.to(torch.bfloat16).float(), keys))
     return torch.matmul(weights[:, :, None], scores)[:, :, 0]
+
+
+BATCH, PAGE, PAGES_PER_ROW = 2, 4, 8
+SIZES = {"page_size": PAGE, "num_pages": 1 + BATCH * PAGES_PER_ROW, "pages_per_row": PAGES_PER_ROW}
+
+
+@functools.cache
+def captured(*which: bool) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """A model with so many layers, indexers of their own or shared, as capture leaves it."""
+    graph, weights = latent_graph(concatenated, num_layers=len(which), indexers=indexers(written, *which))
+    apply(graph, RecognizeMla(), RecognizeDsa())
+    return graph, weights
+
+
+@functools.cache
+def static(q_len: int, *which: bool) -> fx.GraphModule:
+    return after(captured(*which)[0], SpecializeShapes(batch_size=BATCH, q_len=q_len), FoldNoops())
+
+
+@functools.cache
+def paged(q_len: int, *which: bool) -> fx.GraphModule:
+    return after(static(q_len, *(which or (True, True))), PageIndexCache(**SIZES), PageLatentCache(**SIZES))
+
+
+def state_of(module: fx.GraphModule, generator: torch.Generator) -> dict[str, Tensor]:
+    """Pages lie anywhere and hold what earlier requests left."""
+    state = new_state(module)
+    order = torch.randperm(BATCH * PAGES_PER_ROW, generator=generator).to(torch.int32) + 1
+    state["page_table"].copy_(order.reshape(BATCH, PAGES_PER_ROW))
+    for name, tensor in state.items():
+        if "pages." in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 3)
+    return state

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AutospecError as error:
         print(f"autospec: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read what was printed has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is the rest an error when the process ends
+        return 141
     except KeyboardInterrupt:
         print("autospec: interrupted", file=sys.stderr)
         return 130

@@ -16,6 +16,7 @@ from autospec.report import KernelRow, kernel_rows, memory_bytes
 from autospec.report_charts import bars, colours, depth_lines, spreads, stacked, tree_picture
 
 _ORDER = ("capture", "understand", "specialise", "cache", "widen", "speculate", "optimise", "select")
+_NUMBERS = ("calls", "hits", "nodes", "ms")
 _TEMPLATE = Path(__file__).with_name("report_page.html")
 
 
@@ -102,8 +103,13 @@ def _table(records: Iterable[PassRecord]) -> str:
             f'<td class="n">{record.count}</td><td class="n">{record.nodes_before} → {record.nodes_after}</td>'
             f'<td class="n">{record.seconds * 1e3:.1f}</td><td class="i">{told}</td></tr>'
         )
-    head = "".join(f"<th>{name}</th>" for name in ("graph", "stage", "pass", "hits", "nodes", "ms", "notes and refusals"))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return _with_head(("graph", "stage", "pass", "hits", "nodes", "ms", "notes and refusals"), "".join(rows))
+
+
+def _with_head(names: Sequence[str], rows: str) -> str:
+    """A table that scrolls by itself; heads of numbers stand on the right, over them."""
+    head = "".join(f'<th class="n">{name}</th>' if name in _NUMBERS else f"<th>{name}</th>" for name in names)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _kernels(rows: Sequence[KernelRow]) -> str:
@@ -116,8 +122,7 @@ def _kernels(rows: Sequence[KernelRow]) -> str:
         + "".join(f'<div class="why">{escape(reason)}</div>' for reason in row.refusals) + "</td></tr>"
         for row in rows
     )  # fmt: skip
-    head = "".join(f"<th>{name}</th>" for name in ("graph", "op", "runs on", "calls", "layers", "who would not, and why"))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>'
+    return _with_head(("graph", "op", "runs on", "calls", "layers", "who would not, and why"), cells)
 
 
 def _diffs(texts: Sequence[PassText]) -> str:

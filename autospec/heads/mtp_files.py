@@ -86,6 +86,17 @@ def recognise(names: Iterable[str], num_layers: int, where: str) -> MTPLayout:
                           help="name one that has them, MTPConfig(speculative_model=PATH), or draft with 'auto'")  # fmt: skip
 
 
+def has_mtp(source: str | Path, target: Any) -> bool:
+    """Whether a checkpoint, or the model's own if it is named "mtp", has MTP modules for a target."""
+    if str(source) == "mtp":
+        return True
+    try:
+        recognise(tensor_names(source)[1], int(target.config.get_text_config(decoder=True).num_hidden_layers), str(source))
+    except CheckpointError:
+        return False
+    return True
+
+
 def number_of_modules(layout: MTPLayout, names: Iterable[str], num_layers: int) -> int:
     """How many modules a checkpoint has, from the first on."""
     known, count = list(names), 0

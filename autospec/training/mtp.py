@@ -82,18 +82,18 @@ def new_mtp(target: Target, num_modules: int = 1, layout: MTPLayout | None = Non
     return head
 
 
-def begin_from(head: MTPHead, source: str) -> None:
-    """Take over the modules of a checkpoint, to go on training them.
+def begin_from(head: MTPHead, source: str | MTPHead) -> None:
+    """Take over the modules of a checkpoint, or of a loaded head, to go on training them.
 
     Raises:
         CheckpointError: it has fewer modules, writes them another way, or they have embeddings of their own.
     """
-    theirs = load_mtp(source, head.target, len(head.depths))
+    theirs = source if isinstance(source, MTPHead) else load_mtp(source, head.target, len(head.depths))
     own, found = head.own_state(), theirs.own_state()
     if theirs.layout != head.layout or own.keys() != found.keys():
         odd = sorted(own.keys() ^ found.keys())
         raise CheckpointError(f"its modules are not like those that would be trained: {odd[0] if odd else theirs.layout.name}",
-                              at=f"{len(theirs.depths)} modules for {len(head.depths)}", where=source,
+                              at=f"{len(theirs.depths)} modules for {len(head.depths)}", where=str(theirs.report or "MTP modules"),
                               help="lower --num-modules, or leave --start-from out")  # fmt: skip
     with torch.no_grad():
         for name, value in own.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from autospec import check_draft
@@ -13,6 +14,8 @@ from autospec.errors import OptionError
 from autospec.heads.checkpoint import save_head
 from autospec.heads.medusa import MedusaHeads
 from autospec.model_zoo.bundled import resolve
+from autospec.training.features import Features
+from autospec.training.mtp import MTPLoss
 
 
 @pytest.fixture
@@ -35,3 +38,28 @@ def test_a_report_is_printed(head: str, tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_text_that_is_not_there(head: str) -> None:
     with pytest.raises(OptionError, match="cannot be read"):
         check_draft.run(["bundled:target", head, "--text", "no-such-file.txt"])
+
+
+def test_mtp_modules_are_compared_on_both_sides_of_the_norm(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bundled:mla", "mtp", "--prompt", "def add(a, b):", "--max-new-tokens", "64", "--steps", "3"]
+    assert check_draft.run(words) == 0
+    out = capsys.readouterr().out
+    assert "deepseek layout" in out
+    assert "as the layout says" in out
+
+
+@pytest.mark.parametrize("other", [0.9, 0.55])
+def test_modules_that_agree_more_on_the_other_side_are_told(
+    other: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Planted: at level 3 half of the guesses agree as the layout says, and `other` of them before the norm."""
+
+    def planted(self: MTPLoss, tokens: Tensor, weights: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+        last = 0.5 if self.mtp.layout.recycles_normed else other
+        agreed = torch.tensor([0.6, 0.6, last]) * (tokens.shape[1] - 3)
+        return agreed.sum(), torch.stack([agreed] * 3)
+
+    monkeypatch.setattr(MTPLoss, "forward", planted)
+    status = check_draft.run(["bundled:mla", "mtp", "--prompt", "def add(a, b):", "--max-new-tokens", "64"])
+    assert status == (other == 0.9)
+    assert ("probably trained on hidden states before the norm" in capsys.readouterr().out) == (other == 0.9)

@@ -114,7 +114,7 @@ NARROW: dict[str, Any] = {
     "next_norm": lambda: torch.rand(64).bfloat16(), "residual": lambda: torch.randn(B, N, 64).bfloat16(),
 }
 FULL = {"kv_lens": lambda: torch.full((B,), PAGES * P - N, dtype=torch.int32), "q_lens": lambda: None}  # nothing is unspecified
-ON_A_GPU = {"fused_linear": NARROW, "fused_linear_normed": NARROW, "dsa_indexer_logits": FULL}
+ON_A_GPU = {"fused_linear": NARROW, "fused_linear_normed": NARROW, "dsa_indexer_logits": FULL, "expand_latent": FULL}
 
 OPS = load_all()
 

@@ -23,6 +23,7 @@ from autospec.ir.roles import the
 from autospec.ir.runner import run_stages
 from autospec.ir.sizes import constants_of
 from autospec.ir.slots import find_slot
+from autospec.legality import check_selections
 from autospec.passes.tap_hidden_states import layer_outputs, missing_taps
 from autospec.program import CapturedHead, CapturedModel, ModelFacts
 
@@ -143,7 +144,8 @@ def _export(
         exported = torch.export.export(_Called(head, function).eval(), given, dynamic_shapes=(dims,), strict=False)
         graph, weights = with_slots(functional(exported), name, names)
     graph.meta["weights"] = weights
-    run_stages(graph, pipeline.understand_head(), graph_name="draft.capture", debug=debug.options())
+    records = run_stages(graph, pipeline.understand_head(), graph_name="draft.capture", debug=debug.options())
+    check_selections(name, graph, [refusal for record in records for refusal in record.refusals])
     return graph
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autospec.heads.report import HeadReport
+from autospec.masks import MaskSpec
 from autospec.model_zoo.mtp_heads import MTPLayout
 
 
@@ -91,7 +92,8 @@ class MTPHead(nn.Module):
         parts = [module.embed_norm(embeds), module.hidden_norm(hidden)]
         x = module.proj(torch.cat(parts if self.layout.is_embedding_first else parts[::-1], dim=-1))
         rotary = self.rotary_emb(x, position_ids, *self._rotary_kind)
-        out = module.block(x, position_embeddings=rotary, position_ids=position_ids)
+        more = {"attention_mask": _causal_mask(x, module.block.self_attn.config)} if selects_keys(module.block) else {}
+        out = module.block(x, position_embeddings=rotary, position_ids=position_ids, **more)
         out = out[0] if isinstance(out, tuple) else out
         normed = module.norm(out)
         return normed, normed if self.layout.recycles_normed else out
@@ -106,3 +108,15 @@ class MTPHead(nn.Module):
         """What the file has to give: everything but what the target lends."""
         return {f"depths.{name}": value for name, value in self.depths.state_dict(keep_vars=True).items()}
 
+
+def selects_keys(layer: Any) -> bool:
+    """Whether a decoder layer has an indexer of its own (DeepSeek sparse attention), which asks for a mask."""
+    return getattr(getattr(layer, "self_attn", None), "indexer", None) is not None
+
+
+def _causal_mask(x: Tensor, config: Any) -> Any:
+    """A causal mask for x [B, S, H]: added to scores, [1, 1, S, S]; symbolic while the layer is captured."""
+    if config._attn_implementation == "autospec":
+        return MaskSpec()
+    hidden = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device)
+    return hidden.triu(1)[None, None]

@@ -26,6 +26,7 @@ from autospec.model_zoo.mtp_heads import MTP_LAYOUTS, MTPLayout
 UNREAD = r".*rotary_emb\.inv_freq"
 BLOCK = (128, 128)  # of weights that one scale of DeepSeek's float8 files holds for, where config.json does not say
 BLOCK_SCALE = "_scale_inv"
+FULL_ATTENTION = ("full_attention", "indexed_attention", "deepseek_sparse_attention")  # the last is transformers 5.17's
 SCALES = r".*(\.weight_scale|\.qweight|\.scales)"
 
 
@@ -178,9 +179,13 @@ def decoder_of(target: Any) -> Any:
 
 
 def full_attention_layer(decoder: Any, where: str) -> int:
-    """The last layer of the target that attends to everything: what a block is made like."""
+    """The last layer of the target that attends to everything, or selects by itself what it attends to: blocks are like it."""
     kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
-    full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    indexers = getattr(decoder.config, "indexer_types", None) or ["full"] * len(decoder.layers)
+    full = [
+        index for index, (kind, indexer) in enumerate(zip(kinds, indexers, strict=False))
+        if kind in FULL_ATTENTION and indexer == "full"
+    ]  # fmt: skip
     if not full:
         raise CheckpointError("the target has no layer with full attention, which MTP modules have", at=f"layer_types={kinds}",
                               where=where, help="draft with 'auto'")  # fmt: skip

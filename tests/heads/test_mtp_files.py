@@ -27,9 +27,10 @@ from autospec.heads.mtp import MTPHead
 from autospec.heads.mtp_files import load_mtp
 from autospec.ir.match import calls
 from autospec.kernels.latent_attention import latent_attention
+from autospec.kernels.select_keys import select_keys
 from autospec.loading import check_head, load_mtp_modules
 
-MODULES = {"deepseek_v3": 1, "glm4_moe": 2, "qwen3_next": 3, "mimo": 3}
+MODULES = {"deepseek_v3": 1, "glm_moe_dsa": 2, "glm4_moe": 2, "qwen3_next": 3, "mimo": 3}
 CLOSE = 1e-4  # float32, logits of order 10; measured 4e-6 at most
 
 
@@ -62,7 +63,8 @@ def test_every_naming_gives_the_logits_of_plain_pytorch(kind: str, tmp_path: Pat
     head = load_mtp(tmp_path, target, 8)
     assert len(head.depths) == made.modules
     assert head.report is not None
-    assert head.report.layout == {"glm4_moe": "deepseek", "deepseek_v3": "deepseek", "qwen3_next": "qwen"}.get(kind, kind)
+    layout = {"mimo": "mimo", "qwen3_next": "qwen"}.get(kind, "deepseek")
+    assert head.report.layout == layout
     assert difference(head, made) < CLOSE
     assert len(load_mtp(tmp_path, target, 1).depths) == len(head.first(1).depths) == 1
 
@@ -110,6 +112,19 @@ def test_captured_modules_keep_latents_and_guess_the_same(tmp_path: Path) -> Non
     for graph in (head.first, head.following):
         for mine, theirs in zip(evaluate(graph, values), wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=CLOSE)
+
+
+def test_captured_modules_have_indexers_of_their_own(tmp_path: Path) -> None:
+    """Made like the last layer of the target that has one."""
+    made, target = made_of("glm_moe_dsa", tmp_path, 1)
+    assert target.config.indexer_types == ["full", "shared"]
+    head = capture_head(load_mtp(tmp_path, target, 1), captured("target"))
+    assert len(list(calls(head.first, select_keys))) == 1
+    assert head.facts.bytes_per_token == (12 + 4 + 8) * 4
+    ids, hidden, positions = _inputs()
+    values = {"input_ids": ids, "taps": hidden, "hidden": hidden, "position_ids": positions, **head.weights}
+    for mine, theirs in zip(evaluate(head.first, values), made.run(0, ids, hidden, positions), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=CLOSE)
 
 
 def test_from_a_path_to_tokens(tmp_path: Path) -> None:

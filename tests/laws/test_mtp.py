@@ -29,10 +29,11 @@ def test_every_accept_count_is_lossless(workshop: Workshop, length: int, samplin
 
 
 def accepts_every_count(
-    workshop: Workshop, drafter: str = "mtp3 3", length: int = 3, sampling: SamplingParams = GREEDY, new_tokens: int = 40
-) -> None:
-    futures = tree_laws.futures_of("target", new_tokens, sampling)
-    session = workshop.session(drafter, sampling=sampling.needs_scores)
+    workshop: Workshop, drafter: str = "mtp3 3", length: int = 3, sampling: SamplingParams = GREEDY, new_tokens: int = 40,
+    target: str = "target",
+) -> None:  # fmt: skip
+    futures = tree_laws.futures_of(target, new_tokens, sampling)
+    session = workshop.session(drafter, target=target, sampling=sampling.needs_scores)
     draft = MixedDraft(futures, accept=lambda row, step: (step + row) % (length + 1))
     requests = requests_of(PROMPTS, new_tokens, sampling)
     boundaries = 0
@@ -42,14 +43,14 @@ def accepts_every_count(
         boundaries += 1
         if boundaries in (1, 4):
             for row, future in enumerate(futures):
-                tree_laws.drafter_is_fresh(session, row, future[: int(state["kv_lens"][row]) + 1], drafter, "target")
+                tree_laws.drafter_is_fresh(session, row, future[: int(state["kv_lens"][row]) + 1], drafter, target)
 
     run(session, requests, script=draft, watch=watch)
     assert {count for counts in draft.log for count in counts} == set(range(length + 1))
     same_tokens(requests, [future[len(p) : len(p) + new_tokens] for future, p in zip(futures, PROMPTS, strict=True)])
     at_rest(session, requests)
     for row, request in enumerate(requests):
-        tree_laws.drafter_is_fresh(session, row, request.prompt + request.output, drafter, "target")
+        tree_laws.drafter_is_fresh(session, row, request.prompt + request.output, drafter, target)
 
 
 @pytest.mark.parametrize("drafter", ["mtp dynamic", "mtp3 static", "mtp3 dynamic"])
@@ -62,6 +63,21 @@ def test_latents_and_experts(workshop: Workshop) -> None:
     """Modules of DeepSeek-V3, whose attention keeps latents: tokens, and the pages of target and modules."""
     tree_laws.lossless_for_any_tree(workshop, target="latent", drafter="mtp-latent static", new_tokens=8)
     tree_laws.draft_caches_stay_fresh(workshop, "mtp-latent static", target="latent")
+
+
+@pytest.mark.xdist_group("sparse")
+@pytest.mark.parametrize("length", [1, 7])
+def test_modules_that_select_their_keys(workshop: Workshop, length: int) -> None:
+    """Modules of DeepSeek-V3.2 have indexers of their own, whose keys lie behind the target's."""
+    accepts_every_count(workshop, f"mtp-sparse {length}", length, target="sparse")
+    if length == 7:
+        tree_laws.drafts_what_re_feeding_would(workshop, "mtp-sparse 7", target="sparse")
+
+
+@pytest.mark.xdist_group("sparse")
+def test_trees_of_modules_that_select_their_keys(workshop: Workshop) -> None:
+    tree_laws.draft_caches_stay_fresh(workshop, "mtp-sparse static", target="sparse")
+    tree_laws.drafts_what_re_feeding_would(workshop, "mtp3-sparse dynamic", target="sparse")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from autospec.assemble import capture_model
 from autospec.capture_head import capture_head
 from autospec.heads.eagle3 import Eagle3Head, Eagle3Spec
 from autospec.heads.medusa import MedusaHeads
-from autospec.heads.mtp import MTPHead, MTPModule
+from autospec.heads.mtp import MTPHead, MTPModule, selects_keys
 from autospec.kernels.noise import gumbel
 from autospec.model_zoo.mtp_heads import DEEPSEEK
 from autospec.runtime.request import SamplingParams
@@ -58,7 +58,8 @@ _MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
                                   "mlp_layer_types": ["dense", "sparse", "dense"]}),
 }
 TAPS = (0, 0, 1)  # the tiny target has two layers
-MODULES = {"mtp": ("target", 1), "mtp3": ("target", 3), "mtp-latent": ("latent", 2)}  # the target and how many
+MODULES = {"mtp": ("target", 1), "mtp3": ("target", 3), "mtp-latent": ("latent", 2),
+           "mtp-sparse": ("sparse", 1), "mtp3-sparse": ("sparse", 3)}  # the target and how many
 
 
 def tiny(family: str, seed: int = 0, **config: Any) -> Any:
@@ -234,7 +235,7 @@ def mtp_rows(name: str, ids: list[int], path: tuple[int, ...] = ()) -> tuple[Ten
 def _kept(made: MTPHead, depth: int, ids: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """K and V of a module's rows, [rows, Hkv, D], or latent and rope, as its attention hands them to transformers' cache."""
     block: Any = made.depths[depth].block
-    cache = DynamicCache()
+    cache = DynamicCache(config=made.target.config) if selects_keys(block) else DynamicCache()
     hook = block.register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "past_key_values": cache}), with_kwargs=True
     )

@@ -52,6 +52,10 @@ _QWEN = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.n
 _MIMO = tuple(f"model.mtp_layers.{{k}}.{name}" for name in ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"))
 WRITINGS = {
     "deepseek_v3": Writing("deepseek_v3", lambda layers: _MLA, _DEEPSEEK, "model.layers.{n}"),
+    "glm_moe_dsa": Writing("glm_moe_dsa", lambda layers: {
+        **_MLA, "index_n_heads": 32, "index_head_dim": 8, "index_topk": 4, "pad_token_id": None,
+        "indexer_types": ["full", "shared", *["full"] * (layers - LAYERS)], "mlp_layer_types": ["sparse"] * layers,
+    }, _DEEPSEEK, "model.layers.{n}"),
     "glm4_moe": Writing("glm4_moe", lambda layers: {**_EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1}, _DEEPSEEK,
                         "model.layers.{n}"),
     "qwen3_next": Writing("qwen3_next", lambda layers: {
@@ -83,8 +87,9 @@ class Made:
         self.tensors = moved | self.own
         written = json.loads((folder / "config.json").read_text())
         written["num_hidden_layers"] = LAYERS
-        if "layer_types" in written:
-            written["layer_types"] = written["layer_types"][:LAYERS]
+        for name in ("layer_types", "mlp_layer_types", "indexer_types"):
+            if written.get(name):
+                written[name] = written[name][:LAYERS]
         (folder / "config.json").write_text(json.dumps(written))
         self.write()
 
@@ -108,7 +113,9 @@ class Made:
         enorm, hnorm, proj, norm = (self.own[f"{self._spelt(name, k)}.weight"] for name in self.writing.names)
         parts = [self._normed(decoder.embed_tokens.weight[ids], enorm), self._normed(hidden, hnorm)]
         x = torch.cat(parts[::-1] if self.writing.hidden_first else parts, -1) @ proj.T
-        out = decoder.layers[LAYERS + k](x, position_embeddings=decoder.rotary_emb(x, positions))
+        hidden_keys = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)[None, None]
+        mask = {"attention_mask": hidden_keys} if hasattr(decoder.config, "index_topk") else {}
+        out = decoder.layers[LAYERS + k](x, position_embeddings=decoder.rotary_emb(x, positions), **mask)
         y = self._normed(out[0] if isinstance(out, tuple) else out, norm)
         return y @ self.whole.lm_head.weight.T, y
 

@@ -124,11 +124,12 @@ def eagle_caches_stay_fresh(workshop: Workshop) -> None:
 
 
 def drafts_what_re_feeding_would(
-    workshop: Workshop, drafter: str = "eagle dynamic", sampling: SamplingParams = GREEDY, new_tokens: int = 16
-) -> None:
+    workshop: Workshop, drafter: str = "eagle dynamic", sampling: SamplingParams = GREEDY, new_tokens: int = 16,
+    target: str = "target",
+) -> None:  # fmt: skip
     """The nodes of every draft are those that the growth of ALGORITHMS.md finds when each path is run from scratch."""
-    session = workshop.session(drafter, sampling=sampling.needs_scores)
-    futures = futures_of("target", new_tokens, sampling)
+    session = workshop.session(drafter, target=target, sampling=sampling.needs_scores)
+    futures = futures_of(target, new_tokens, sampling)
     requests = requests_of(PROMPTS, new_tokens, sampling)
     boundaries = 0
 

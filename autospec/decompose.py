@@ -15,7 +15,9 @@ on a busy 4-core CPU, 2026-11-21: phi3 31 -> 11 s, mixtral 41 -> 12, glm 43 -> 1
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,11 +93,19 @@ def _rename_of(node: fx.Node) -> _Call | None:
         sizes = arguments[1]
     given = [size.meta["val"] if isinstance(size, fx.Node) else size for size in sizes]
     try:
-        with node.meta["val"].fake_mode:
+        with _on_fakes(source):
             aten.view.default(source.meta["val"], given)
     except (RuntimeError, ValueError):
         return None
     return aten.view.default, (source, sizes), {}
+
+
+@contextlib.contextmanager
+def _on_fakes(node: fx.Node) -> Iterator[None]:
+    """Try an op on fake tensors; whatever it asks of their symbolic sizes, these stay as they were exported."""
+    fake_mode = node.meta["val"].fake_mode
+    with fake_mode, fake_mode.shape_env.suppress_guards():
+        yield
 
 
 def _cast_of(node: fx.Node) -> _Call | None:
@@ -115,11 +125,11 @@ def _cast_of(node: fx.Node) -> _Call | None:
 
 
 def _split_of(node: fx.Node) -> _Call | None:
-    """chunk by the size of a part; where there are fewer parts than asked for, or sizes are symbolic, it is torch's to say."""
+    """chunk by the size of a part; where there are fewer parts than asked for, or sizes are symbolic or 0, it is torch's to say."""
     source, count, *axis = node.args
     at = axis[0] if axis else 0
     parts = [part.shape[at] for part in node.meta["val"]]
-    is_plain = len(parts) == count and all(isinstance(size, int) for size in parts)
+    is_plain = len(parts) == count and all(isinstance(size, int) and size for size in parts)
     return (aten.split.Tensor, (source, parts[0], at), {}) if is_plain else None
 
 
@@ -162,11 +172,19 @@ def _can_write_anew(node: fx.Node) -> bool:
         return False
     maker = target.args[0] if target.target is operator.getitem else target
     makes_new = isinstance(maker, fx.Node) and _is_op(maker) and not _may_share(maker)
-    before, after = target.meta["val"], node.meta["val"]
-    return (
-        makes_new and not any(_may_share(user) for user in target.users if user is not node)
-        and isinstance(after, Tensor) and before.dtype == after.dtype and before.shape == after.shape
-    )  # fmt: skip
+    return makes_new and not any(_may_share(user) for user in target.users if user is not node) and _keeps_kind(node)
+
+
+def _keeps_kind(node: fx.Node) -> bool:
+    """Whether the new tensor has the dtype and shape of what is written to: bf16 times float32 is float32, x > 0 is bool."""
+    before = node.args[0].meta["val"]  # type: ignore[union-attr]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
+    try:
+        with _on_fakes(node):
+            after = _functional_of(node)(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return isinstance(after, Tensor) and before.dtype == after.dtype and before.shape == after.shape
 
 
 def _functional_of(node: fx.Node) -> Any:
@@ -176,7 +194,11 @@ def _functional_of(node: fx.Node) -> Any:
     written = [one.name for one in schema.arguments if one.alias_info is not None and one.alias_info.is_write]
     if namespace != "aten" or not name.endswith("_") or written != ["self"] or len(schema.returns) != 1:
         return None
-    return getattr(getattr(aten, name[:-1], None), schema.overload_name or "default", None)
+    found = getattr(getattr(aten, name[:-1], None), schema.overload_name or "default", None)
+    kinds = [(one.name, one.type.kind()) for one in schema.arguments]
+    # pow.Scalar is a number to the power of a tensor, and pow_.Scalar a tensor to the power of a number.
+    is_same = found is not None and kinds == [(one.name, one.type.kind()) for one in found._schema.arguments]
+    return found if is_same else None
 
 
 def _may_share(node: fx.Node) -> bool:

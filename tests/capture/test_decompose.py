@@ -75,6 +75,10 @@ RENAMED = {
 }
 TRACED = {
     "in place, seen through a view": lambda x: written(x.sin(), lambda y: y[:1]),
+    "in place, by another dtype": lambda x: x.sin().mul_(torch.full((8,), 1.37)).cos(),
+    "in place, a comparison": lambda x: x.sin().gt_(0).mul(3).cumsum(-1),
+    "in place, a power": lambda x: x.sin().pow_(2), "parts of nothing": lambda x: torch.cat([*x[..., :0].chunk(2, -1), x], -1),
+    "in place, by another dtype and its sizes": lambda x: x.sin().addcmul_(x.cos().double(), x.exp().double()),
     "in place, twice": lambda x: x.clone().add_(1).mul_(3), "parts that are missing": lambda x: x.chunk(5, -1)[3],
     "in place, in another shape": lambda x: x.transpose(0, 1).add_(1), "dropout": lambda x: torch.dropout(x, 0.0, True),
     "a reshape that copies": lambda x: x.transpose(1, 2).reshape(x.shape[0], -1),

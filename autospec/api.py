@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,9 @@ class OptimizedModel:
             program = self._build(shape)
             if debug.options().table:
                 print("\n".join(pass_table(program.records)))
-            session = Session(program, self._reader(program.shape))
+            buckets = [rows for rows in self.limits.batch_buckets if rows < program.shape.batch_size]
+            narrow = {rows: partial(self._build, program.shape.narrow(rows)) for rows in buckets}
+            session = Session(program, self._reader(program.shape), narrow)
         self._sessions[shape] = session  # the last one used stands last
         return session
 
@@ -250,6 +253,7 @@ def optimize(
     page_size: int | None = None,
     passes: str | Sequence[str] | None = None,
     exact: bool | int = False,
+    batch_buckets: Sequence[int] = (),
 ) -> OptimizedModel:
     """Compile a Hugging Face causal LM into a program that emits the same tokens, several per step.
 
@@ -264,6 +268,8 @@ def optimize(
         passes: optional passes to leave out, written "-name", such as ["-fuse-linears"]; None runs all.
         exact: logits of a chain equal those of plain decoding to the bit, in any dtype, where both are optimised with it: every
             step then has this many nodes (True: 8, those of a chain of 7) and sums in the same order for each.
+        batch_buckets: numbers of rows, such as (16, 32), whose steps are compiled as well: once no prompt waits and so few rows are
+            left, a batch goes on with the smallest that holds them. It pays where a step of all rows costs more.
 
     Raises:
         CaptureError: the model cannot be captured or decoded step by step, with the reason.
@@ -282,15 +288,20 @@ def optimize(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError(f"{name} must be a positive integer, got {value!r}", at=f"{name}={value!r}",
                               where="autospec.optimize", help="leave it out to let it grow as needed")  # fmt: skip
+    is_listed = isinstance(batch_buckets, Sequence) and not isinstance(batch_buckets, str)
+    if not is_listed or any(isinstance(rows, bool) or not isinstance(rows, int) or rows < 1 for rows in batch_buckets):
+        shown = f"{batch_buckets!r:.60}"
+        raise OptionError(f"batch_buckets must be positive integers, got {shown}", at=f"batch_buckets={shown}",
+                          where="autospec.optimize", help="for example batch_buckets=(16, 32)")  # fmt: skip
     limit_threads()
     nodes = exact_nodes(exact, chosen)
     captured = capture_all(model, chosen, max_length)
     if nodes:
         check_exact(captured.target)
+    limits = Limits(max_batch_size, max_length, page_size, nodes, tuple(batch_buckets))
     return OptimizedModel(
-        captured.target, captured.draft, chosen, compile, Limits(max_batch_size, max_length, page_size, nodes),
-        captured.defaults, without, sources=captured.sources,
-    )  # fmt: skip
+        captured.target, captured.draft, chosen, compile, limits, captured.defaults, without, sources=captured.sources
+    )
 
 
 def export(

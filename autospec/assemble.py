@@ -81,7 +81,7 @@ def build_graphs(
     target: CapturedModel, draft: Draft | None, speculation: Speculation, shape: Shape,
     left_out: frozenset[str] = frozenset(), acceptance: tuple[float, ...] = (),
 ) -> Unlowered:  # fmt: skip
-    """Run the pipeline for prefill and every step (a reader has none), up to where the machine matters."""
+    """Run the pipeline for prefill and every step, or what of it the shape has, up to where the machine matters."""
     records: list[PassRecord] = []
     options = debug.options()
 
@@ -91,8 +91,8 @@ def build_graphs(
         return module
 
     parts = None if draft is None else _draft_parts(draft, target, shape, run)
-    plans = {"prefill": pipeline.prefill(shape, target.facts, speculation, parts)}
-    for draft_len in pipeline.draft_lens(speculation, shape) if not shape.cache_rows else ():
+    plans = {} if shape.part == "steps" else {"prefill": pipeline.prefill(shape, target.facts, speculation, parts)}
+    for draft_len in pipeline.draft_lens(speculation, shape) if shape.part != "prefill" else ():
         plans[f"step_{draft_len}"] = pipeline.step(shape, target.facts, speculation, parts, draft_len, acceptance)
     graphs: dict[str, fx.GraphModule] = {}
     known = dict(target.weights)

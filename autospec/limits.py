@@ -22,6 +22,7 @@ class Limits:
     max_length: int | None
     page_size: int | None
     exact: int = 0  # nodes of every step, where steps must be equal to the bit; 0: as many as pay
+    batch_buckets: tuple[int, ...] = ()  # rows of programs that go on when no more are left
 
 
 def shape_for(

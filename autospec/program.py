@@ -101,7 +101,8 @@ class Shape:
         tree: the draft of the widest step.
         sampling: graphs that sample and process logits, or greedy ones that only take the argmax.
         is_exact: a token's numbers do not depend on where in a step it stands.
-        cache_rows: 0, or rows of the cache where another program owns it: one that only reads prompts into its pages.
+        cache_rows: 0, or rows of the cache where another program owns it.
+        part: of the graphs, if not all: "prefill" or "steps".
     """
 
     batch_size: int
@@ -112,10 +113,15 @@ class Shape:
     sampling: bool
     cache_rows: int = 0
     is_exact: bool = False
+    part: str = ""
 
     def reader(self) -> Shape:
         """Of a program that reads one prompt at a time into the cache of this one."""
-        return replace(self, batch_size=1, cache_rows=self.batch_size)
+        return replace(self, batch_size=1, cache_rows=self.batch_size, part="prefill")
+
+    def narrow(self, rows: int) -> Shape:
+        """Of a program that goes on with the last rows of this one."""
+        return replace(self, batch_size=rows, cache_rows=self.batch_size, part="steps")
 
     @property
     def reserve(self) -> int:

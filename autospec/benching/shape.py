@@ -165,6 +165,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=sizes, default=(1,), metavar="B,B,...", help="prompts at once (default 1)")
     made.add_argument("--prompt", type=int, default=512, help="tokens of each prompt (default 512)")
     made.add_argument("--new-tokens", type=int, default=512, help="tokens to decode of each (default 512)")
+    made.add_argument("--buckets", type=sizes, default=(), metavar="B,B,...",
+                      help="rows of narrower programs that go on at the end of a batch (default none)")  # fmt: skip
     made.add_argument("--exact", action="store_true", help="with exact=True: what bits that do not depend on the draft cost")
     made.add_argument("--rounds", type=int, default=5, help="timed calls; the median counts (default 5)")
     made.add_argument("--dtype", default=None, choices=DTYPES, help="of the weights (default bf16; fp32 on a CPU)")
@@ -259,7 +261,7 @@ def measure(
     known = loaded.weights.setdefault("none", {}) | loaded.weights.setdefault(drafter.head, {})
     fast = OptimizedModel(
         loaded.target, loaded.head(drafter), speculation, asked.compile,
-        Limits(batch, asked.prompt + asked.new_tokens, None, exact_nodes(asked.exact, speculation)), {},
+        Limits(batch, asked.prompt + asked.new_tokens, None, exact_nodes(asked.exact, speculation), asked.buckets), {},
         _weights=known, _acceptance=rates,
     )  # fmt: skip
     with fresh_cache() if asked.cold else contextlib.nullcontext():

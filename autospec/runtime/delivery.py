@@ -28,18 +28,21 @@ class Delivery:
     ) -> None:  # fmt: skip
         self.cut, self.schedule, self.ends, self.metrics = cut, schedule, ends, metrics
         self.policy, self.emit, self.start = policy, emit, start
-        self.counters = [state[name] for name in COUNTERS if name in state]
-        self.before = [torch.zeros_like(counter, device="cpu").tolist() for counter in self.counters]
+        self.before = [torch.zeros_like(counter, device="cpu").tolist() for counter in counters(state)]
 
     def deliver(self, launch: Launch, results: Sequence[Tensor]) -> None:
-        """The results of one launch, on the host: its tokens, and the counters after it.
+        """The results of one launch, on the host: its tokens, and after a step the counters of its rows.
 
         A row whose request ended in an earlier launch was launched once too often: it is neither counted nor read.
         """
         emitted, *now = [result.tolist() for result in results]
         rows = [seat.row for seat in launch.seats if not seat.request.is_done]
-        deltas = [_growth(after, before, rows) for after, before in zip(now, self.before, strict=True)]
-        self.before = now
+        deltas = []
+        for after, before in zip(now, self.before, strict=False):
+            new = dict(zip(range(len(after)) if launch.rows is None else launch.rows, after, strict=False))
+            deltas.append([sum(new[row][i] - before[row][i] for row in rows) for i in range(len(before[0]))])
+            for row, values in new.items():
+                before[row] = values
         for seat in launch.seats:
             seat.promised -= 1
             request = seat.request
@@ -64,9 +67,9 @@ class Delivery:
             self.policy.observe(draft_len, deltas[0])
 
 
-def _growth(after: list[list[int]], before: list[list[int]], rows: Sequence[int]) -> list[int]:
-    """By how much the counters of these rows have grown together."""
-    return [sum(after[row][i] - before[row][i] for row in rows) for i in range(len(after[0]))]
+def counters(state: Mapping[str, Tensor]) -> list[Tensor]:
+    """What counts acceptance in a state, [rows, ...] each."""
+    return [state[name] for name in COUNTERS if name in state]
 
 
 def _take(request: Request, tokens: list[int], ends: frozenset[int]) -> Iterator[int]:

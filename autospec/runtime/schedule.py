@@ -54,16 +54,16 @@ class Launch:
     Args:
         draft_len: of a step; None: a prompt chunk.
         seats: who emits in it, unless the request ends in a launch before that was not delivered yet.
-        is_alone: the graph had a single row.
+        rows: of the batch that the graph's rows were, in its order; None: all of them.
     """
 
     draft_len: int | None
     seats: tuple[Seat, ...]
-    is_alone: bool = False
+    rows: tuple[int, ...] | None = None
 
     def place(self, seat: Seat) -> int:
         """The row of the results that is this seat's."""
-        return 0 if self.is_alone else seat.row
+        return seat.row if self.rows is None else self.rows.index(seat.row)
 
 
 class Schedule:
@@ -79,6 +79,7 @@ class Schedule:
         self.waiting = deque(enumerate(requests))
         self.seats: list[Seat | None] = [None] * batch_size
         self.chunk, self.has_reader = chunk, has_reader
+        self.rows: tuple[int, ...] | None = None  # that steps are narrowed to; nobody is seated any more
         self._takes_turns = False
         self._last_was_chunk = False
 
@@ -113,23 +114,30 @@ class Schedule:
 
     def launch_chunk(self) -> Launch:
         """A prompt chunk of all rows was launched: those whose prompt ends in it emit."""
-        return self._read([seat for seat in self._seated() if seat.is_reading and not seat.is_alone], is_alone=False)
+        return self._read([seat for seat in self._seated() if seat.is_reading and not seat.is_alone], None)
 
     def launch_lone_chunk(self) -> Launch:
         """A prompt chunk of the lone reader was launched."""
-        return self._read([self.lone_reader], is_alone=True)
+        return self._read([self.lone_reader], (self.lone_reader.row,))
 
-    def _read(self, seats: list[Seat], is_alone: bool) -> Launch:
+    def _read(self, seats: list[Seat], rows: tuple[int, ...] | None) -> Launch:
         for seat in seats:
             seat.fed = min(seat.fed + self.chunk, len(seat.request.prompt))
-        return self._launched(Launch(None, tuple(seat for seat in seats if not seat.is_reading), is_alone))
+        return self._launched(Launch(None, tuple(seat for seat in seats if not seat.is_reading), rows))
 
     def _seated(self) -> list[Seat]:
         return [seat for seat in self.seats if seat is not None]
 
     def launch_step(self, draft_len: int) -> Launch:
         """A step was launched: everybody who decodes emits."""
-        return self._launched(Launch(draft_len, tuple(seat for seat in self._seated() if seat.is_decoding)))
+        return self._launched(Launch(draft_len, tuple(seat for seat in self._seated() if seat.is_decoding), self.rows))
+
+    @property
+    def last_rows(self) -> list[int] | None:
+        """Who decodes, once nobody waits or reads; None before."""
+        if self.waiting or any(seat.is_reading for seat in self._seated()):
+            return None
+        return [seat.row for seat in self._seated() if seat.is_decoding]
 
     def _launched(self, launch: Launch) -> Launch:
         for seat in launch.seats:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from autospec.errors import CapacityError
 from autospec.program import Program
-from autospec.runtime.delivery import COUNTERS, Delivery, Emit
+from autospec.runtime.companions import READ_ALONE_FROM, Narrow, Reader
+from autospec.runtime.delivery import COUNTERS, Delivery, Emit, counters
 from autospec.runtime.metrics import Metrics
 from autospec.runtime.outbox import Outbox
 from autospec.runtime.policy import LAG, DraftLengthPolicy
-from autospec.runtime.reader import READ_ALONE_FROM, Reader
 from autospec.runtime.replay import bind_graphs
 from autospec.runtime.request import Request
 from autospec.runtime.rows import row_state, seen, write_rows
@@ -29,9 +29,13 @@ class Session:
     Args:
         build_reader: builds the program that reads prompts of single rows, when there are more requests than rows for the
             first time; None: the batch's own prefill reads them.
+        build_narrow: by rows, builds the program that goes on when no more are left, before the first run of more requests.
     """
 
-    def __init__(self, program: Program, build_reader: Callable[[], Program] | None = None) -> None:
+    def __init__(
+        self, program: Program, build_reader: Callable[[], Program] | None = None,
+        build_narrow: Mapping[int, Callable[[], Program]] | None = None,
+    ) -> None:  # fmt: skip
         self.program = program
         # Launches that are under way while the host reads older ones; a CPU would only wait for itself.
         self.lag = int(program.facts.device.type == "cuda")
@@ -42,6 +46,8 @@ class Session:
         self.steps = {length: bound[f"step_{length}"] for length in program.draft_lens()}
         self.occupants: list[Request | None] = [None] * program.shape.batch_size  # whose state each row holds
         self._reader: Reader | None = None
+        self._build_narrow, self._narrow = dict(build_narrow or {}), dict[int, Narrow]()
+        self._running: Session | Narrow = self  # whose steps are launched
         self._seconds: dict[int, float] | None = None
 
     def run(
@@ -53,6 +59,8 @@ class Session:
         policy = DraftLengthPolicy(self.step_seconds(), LAG - self.lag) if len(self.steps) > 1 else None
         only = next(iter(self.steps))
         shape, reader = self.program.shape, self._reader_for(len(requests))
+        self._build_narrower(len(requests))
+        self._running = self
         start = time.perf_counter()  # after what is done once per program: building a reader, measuring the steps
         schedule = Schedule(requests, shape.batch_size, shape.prefill_len, reader is not None)
         outbox: Outbox[Launch] = Outbox(self.program.facts.device, self.lag)
@@ -64,23 +72,49 @@ class Session:
                 # While a reader writes into a row's pages, the batch must not: the row stays idle.
                 self._load({seat.row: None if seat.is_alone else seat.request for seat in admitted})
             wanted = schedule.wanted
+            narrower = self._narrower(schedule)
             if wanted is None and not outbox and not schedule.waiting:
                 break
+            if narrower is not None and not outbox:
+                self._go_on(narrower, schedule)
+                narrower = None
             if wanted == "chunk":
-                outbox.send(schedule.launch_chunk(), [_emitted(self.prefill()), *delivery.counters])
+                outbox.send(schedule.launch_chunk(), [_emitted(self.prefill())])
             elif wanted == "lone chunk":
                 assert reader is not None, "nobody reads alone without a reader"
-                outbox.send(*self._read_alone(schedule, reader, delivery.counters))
-            elif wanted == "step":
+                outbox.send(*self._read_alone(schedule, reader))
+            elif wanted == "step" and narrower is None:
                 draft_len = policy.next_draft_len() if policy else only
-                outbox.send(schedule.launch_step(draft_len), [_emitted(self.steps[draft_len]()), *delivery.counters])
-            for launch, results in outbox.receive(keep=self.lag if wanted else 0):
+                emitted = _emitted(self._running.steps[draft_len]())
+                outbox.send(schedule.launch_step(draft_len), [emitted, *counters(self._running.state)])
+            for launch, results in outbox.receive(keep=self.lag if wanted and narrower is None else 0):
                 delivery.deliver(launch, results)
+        if isinstance(self._running, Narrow):
+            self._running.give_back()
         metrics.seconds += time.perf_counter() - start
         metrics.prompt_tokens += sum(len(request.prompt) for request in requests)
         metrics.new_tokens += sum(len(request.output) for request in requests)
 
-    def _read_alone(self, schedule: Schedule, reader: Reader, counters: Sequence[Tensor]) -> tuple[Launch, list[Tensor]]:
+    def _narrower(self, schedule: Schedule) -> Narrow | None:
+        """The program with the fewest rows that still hold all that are left, if that is fewer than now."""
+        left = schedule.last_rows if self._narrow else None
+        fitting = [rows for rows in self._narrow if left and len(left) <= rows < self._running.program.shape.batch_size]
+        return self._narrow[min(fitting)] if fitting else None
+
+    def _go_on(self, narrower: Narrow, schedule: Schedule) -> None:
+        """Leave the rest to a narrower program; every result before was delivered."""
+        if isinstance(self._running, Narrow):
+            self._running.give_back()
+        rows = schedule.last_rows
+        assert rows, "only a row that decodes makes the host look for a narrower program"
+        narrower.take(rows)
+        schedule.rows, self._running = tuple(rows), narrower
+
+    def _build_narrower(self, requests: int) -> None:
+        for rows in [rows for rows in self._build_narrow if rows < requests]:
+            self._narrow[rows] = Narrow(self._build_narrow.pop(rows)(), self.program, self.state)
+
+    def _read_alone(self, schedule: Schedule, reader: Reader) -> tuple[Launch, list[Tensor]]:
         """A chunk of one row's prompt; when it has ended, the row joins the batch."""
         seat = schedule.lone_reader
         if seat.fed == 0:
@@ -90,7 +124,7 @@ class Session:
         if not seat.is_reading:
             reader.move_to(seat.row)
             self.occupants[seat.row] = seat.request
-        return launch, [emitted, *counters]
+        return launch, [emitted]
 
     def _reader_for(self, requests: int) -> Reader | None:
         """The reader, if rows will be refilled and there are enough of them; built when it is first needed."""
@@ -170,12 +204,13 @@ class Session:
 
     def _cut(self, row: int, request: Request) -> None:
         """End a row at its last token: the device does not know stop strings, and keeps nothing past them."""
-        state, ids = self.state, request.prompt + request.output
-        state["finished"][row] = True
-        state["kv_lens"][row] = len(ids) - 1
-        state["tokens"][row, len(ids) :] = 0
+        state, ids = self._running.state, request.prompt + request.output
+        place = self._running.rows.index(row) if isinstance(self._running, Narrow) else row
+        state["finished"][place] = True
+        state["kv_lens"][place] = len(ids) - 1
+        state["tokens"][place, len(ids) :] = 0
         if "seen" in state:
-            state["seen"][row] = seen(request, state["seen"].shape[1])
+            state["seen"][place] = seen(request, state["seen"].shape[1])
 
 
 def _emitted(results: object) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from threading import Thread
 from typing import Any
 
@@ -188,6 +189,18 @@ def test_prompts_longer_than_a_chunk_and_more_than_rows(optimized: Make, judge: 
     assert torch.equal(narrow.generate(ids, **options), optimized().generate(ids, **options))
     assert narrow.metrics.prompt_tokens == 5 * 150
     assert narrow.metrics.new_tokens == 5 * 20
+
+
+def test_a_batch_ends_in_the_programs_of_its_buckets(optimized: Make) -> None:
+    """Rows of other lengths end at other times; once built, the narrower programs serve the next call as well."""
+    wide = optimized("small dynamic")
+    fast = OptimizedModel(**vars_of(wide) | {"limits": replace(wide.limits, batch_buckets=(1, 2, 64))})
+    generator = torch.Generator().manual_seed(4)
+    for options in (PLAIN, {"do_sample": True, "seed": 9, "pad_token_id": 0, "eos_token_id": [7, 11]}):
+        ids = torch.randint(1, 64, (4, 20), generator=generator)
+        assert torch.equal(fast.generate(ids, max_new_tokens=40, **options), wide.generate(ids, max_new_tokens=40, **options))
+        assert set(fast.session._narrow) == {1, 2}
+    assert any(narrow.rows for narrow in fast.session._narrow.values()), "nobody went on in a narrower program"
 
 
 def test_buckets_grow_and_are_kept(optimized: Make, prompts: Any) -> None:

@@ -182,6 +182,8 @@ ARGUMENTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "max_batch_size": (OptionError, {"max_batch_size": 0}, "max_batch_size must be a positive integer, got 0"),
     "max_length": (OptionError, {"max_length": True}, "max_length must be a positive integer, got True"),
     "page_size": (OptionError, {"page_size": 1.5}, "page_size must be a positive integer, got 1.5"),
+    "batch_buckets": (OptionError, {"batch_buckets": (16, 0)}, "batch_buckets must be positive integers, got (16, 0)"),
+    "batch_buckets type": (OptionError, {"batch_buckets": 16}, "batch_buckets must be positive integers, got 16"),
     "positions": (CapacityError, {"max_length": 257}, "max_length is 257, but the model has 256 positions"),
     "unknown pass": (OptionError, {"passes": ["-fuse-linear"]}, "did you mean '-fuse-linears'?"),
     "pass without minus": (OptionError, {"passes": "fold-noops"}, "write '-fold-noops' to leave it out"),

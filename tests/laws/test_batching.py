@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autospec.runtime.companions import Narrow, Reader
 from autospec.runtime.outbox import Outbox
-from autospec.runtime.reader import Reader
 from autospec.runtime.request import SamplingParams
 from autospec.runtime.schedule import Schedule
 from autospec.runtime.session import Session
@@ -36,17 +36,65 @@ def test_a_queue_is_lossless(workshop: Workshop, drafter: str, sampling: Samplin
 @settings(max_examples=8)
 @given(
     order=st.permutations(range(len(laws.LENGTHS))), lag=st.integers(0, 2), is_stopped=st.booleans(), warm=st.booleans(),
-    has_reader=st.booleans(),
+    has_reader=st.booleans(), buckets=st.sampled_from([(), (1, 2), (3,)]),
 )  # fmt: skip
 def test_in_any_order(
-    workshop: Workshop, order: list[int], lag: int, is_stopped: bool, warm: bool, has_reader: bool
+    workshop: Workshop, order: list[int], lag: int, is_stopped: bool, warm: bool, has_reader: bool, buckets: tuple[int, ...]
 ) -> None:
-    laws.queue_is_lossless(workshop, "ngram", WARM if warm else GREEDY, lag, order, is_stopped, has_reader)
+    laws.queue_is_lossless(workshop, "ngram", WARM if warm else GREEDY, lag, order, is_stopped, has_reader, buckets)
 
 
 @pytest.mark.parametrize(("lag", "has_reader"), [(0, True), (1, True), (1, False)])
 def test_a_twin_is_accepted_in_every_row(workshop: Workshop, lag: int, has_reader: bool) -> None:
     laws.twin_is_accepted_in_every_row(workshop, lag, has_reader)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
+    """Rows of the narrower programs that went on, and the batch's rows they took."""
+    found: list[tuple[int, list[int]]] = []
+    take = Narrow.take
+
+    def told(narrow: Narrow, rows: list[int]) -> None:
+        found.append((narrow.program.shape.batch_size, list(rows)))
+        take(narrow, rows)
+
+    monkeypatch.setattr(Narrow, "take", told)
+    return found
+
+
+@pytest.mark.parametrize(("drafter", "sampling"), PAIRS, ids=[drafter for drafter, _ in PAIRS])
+def test_the_last_rows_go_on_in_a_narrower_program(
+    workshop: Workshop, drafter: str, sampling: SamplingParams, taken: list[tuple[int, list[int]]]
+) -> None:
+    for lag, is_stopped in ((0, False), (1, True)):
+        laws.queue_is_lossless(workshop, drafter, sampling, lag, is_stopped=is_stopped, buckets=(1, 2))
+    assert taken
+    assert all(len(rows) <= size for size, rows in taken)
+
+
+def test_a_twin_is_accepted_there_as_well(workshop: Workshop, taken: list[tuple[int, list[int]]]) -> None:
+    laws.twin_is_accepted_in_every_row(workshop, 1, True, (1, 2))
+    assert taken
+
+
+FORGOTTEN = [*(("take", name) for name in ("kv_lens", "draft_tokens", "tokens", "page_table", "accept_counts")),
+             ("give_back", "kv_lens"), ("give_back", "tokens")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("way", "name"), FORGOTTEN)
+def test_a_narrower_program_that_forgets_some_state_is_caught(monkeypatch: pytest.MonkeyPatch, way: str, name: str) -> None:
+    move = getattr(Narrow, way)
+
+    def bug(narrow: Narrow, *rows: list[int]) -> None:
+        state = narrow.row_state if way == "take" else narrow.batch_state
+        before = state[name].clone()
+        move(narrow, *rows)
+        state[name].copy_(before)
+
+    monkeypatch.setattr(Narrow, way, bug)
+    with pytest.raises(AssertionError):
+        laws.twin_is_accepted_in_every_row(Workshop(), 1, True, (1, 2))
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])

@@ -32,11 +32,12 @@ def queue(sampling: SamplingParams, order: Sequence[int]) -> tuple[list[Request]
 def queue_is_lossless(
     workshop: Workshop, drafter: str = "twin", sampling: SamplingParams = GREEDY, lag: int = 0,
     order: Sequence[int] = range(len(LENGTHS)), is_stopped: bool = False, has_reader: bool = True,
+    buckets: tuple[int, ...] = (),
 ) -> tuple[Metrics, list[Request]]:  # fmt: skip
     """More requests than rows: each emits what it emits alone, and leaves its row as if it had been alone.
 
     has_reader: prompts of refilled rows are read by a graph of one row. is_stopped: an eos ends some, a stop that only
-    the host sees others, one of these at the very last token.
+    the host sees others, one of these at the very last token. buckets: programs that go on with the last rows.
     """
     requests, expected = queue(sampling, order)
     eos_ids: list[int] = []
@@ -49,7 +50,7 @@ def queue_is_lossless(
                 ids = request.prompt + expected[place][:length]
                 request.should_stop = lambda seen, ids=ids: seen == ids
                 expected[place] = expected[place][:length]
-    session = workshop.session(drafter, sampling=sampling.needs_scores, has_reader=has_reader)
+    session = workshop.session(drafter, sampling=sampling.needs_scores, has_reader=has_reader, buckets=buckets)
     metrics = run(session, requests, eos_ids, lag=lag)
     same_tokens(requests, expected)
     assert metrics.new_tokens == sum(map(len, expected))
@@ -66,9 +67,11 @@ def _draft_of(drafter: str) -> str | None:
     return {"twin": "target", "small": "small"}.get(name)
 
 
-def twin_is_accepted_in_every_row(workshop: Workshop, lag: int = 0, has_reader: bool = True) -> None:
+def twin_is_accepted_in_every_row(
+    workshop: Workshop, lag: int = 0, has_reader: bool = True, buckets: tuple[int, ...] = ()
+) -> None:
     """A draft equal to the target stays so in rows that were refilled, and in those that went on meanwhile."""
-    metrics, _ = queue_is_lossless(workshop, "twin", lag=lag, has_reader=has_reader)
+    metrics, _ = queue_is_lossless(workshop, "twin", lag=lag, has_reader=has_reader, buckets=buckets)
     reached, steps = [0] * L, 0
     for count in COUNTS:
         left = count - 1  # prefill emits one

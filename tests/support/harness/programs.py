@@ -124,9 +124,9 @@ class Workshop:
 
     def session(
         self, drafter: str = "plain", *, target: str = "target", sampling: bool = False, batch: int = BATCH,
-        draft_len: int = L, page: int = PAGE, chunk: int = CHUNK, has_reader: bool = False,
+        draft_len: int = L, page: int = PAGE, chunk: int = CHUNK, has_reader: bool = False, buckets: tuple[int, ...] = (),
     ) -> Session:  # fmt: skip
-        key = (drafter, target, sampling, batch, draft_len, page, chunk, has_reader)
+        key = (drafter, target, sampling, batch, draft_len, page, chunk, has_reader, buckets)
         if key not in self._sessions:
             speculation, draft = DRAFTERS[drafter]
             if drafter == "ngram" and draft_len != L:
@@ -135,7 +135,8 @@ class Workshop:
             build = functools.partial(
                 self._build, captured(target), captured(draft) if draft else None, speculation
             )
-            self._sessions[key] = Session(build(shape), (lambda: build(shape.reader())) if has_reader else None)
+            narrow = {rows: functools.partial(build, shape.narrow(rows)) for rows in buckets}
+            self._sessions[key] = Session(build(shape), (lambda: build(shape.reader())) if has_reader else None, narrow)
             if self.prepare is not None:
                 self.prepare(self._sessions[key])
         return self._sessions[key]

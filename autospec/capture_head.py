@@ -18,11 +18,12 @@ from autospec.heads.eagle3 import Eagle3Head
 from autospec.heads.medusa import MedusaHeads
 from autospec.heads.mtp import MTPHead
 from autospec.ir.caches import bytes_per_token, kept_rows
-from autospec.ir.match import operand
+from autospec.ir.match import calls, operand
 from autospec.ir.roles import the
 from autospec.ir.runner import run_stages
 from autospec.ir.sizes import constants_of
-from autospec.ir.slots import find_slot
+from autospec.ir.slots import Slot, find_slot
+from autospec.kernels.select_keys import select_keys
 from autospec.legality import check_selections
 from autospec.passes.tap_hidden_states import layer_outputs, missing_taps
 from autospec.program import CapturedHead, CapturedModel, ModelFacts
@@ -118,12 +119,30 @@ def _capture_mtp(head: MTPHead, target: CapturedModel) -> CapturedHead:
     with layers_through_interfaces(head.target):
         first, following = export(0, "taps"), export(0, "hidden")
         deeper = tuple(export(depth, "hidden") for depth in range(1, len(head.depths)))
+    if head.shares_selection:
+        _share_selection(first, following)
     every = [_facts(head, graph, target, target.facts.vocab_size) for graph in (first, *deeper)]
     facts = replace(
         every[0], num_kv_layers=sum(one.num_kv_layers for one in every),
         bytes_per_token=sum(one.bytes_per_token for one in every),
     )  # fmt: skip
     return CapturedHead(first, following, _weights([first, following, *deeper]), facts, deeper=deeper)
+
+
+def _share_selection(first: fx.GraphModule, following: fx.GraphModule) -> None:
+    """Let the first pass return which keys it selects, and the following ones take such a choice for their own."""
+    made, chosen = (list(calls(graph, select_keys)) for graph in (first, following))
+    assert len(made) == len(chosen) == 1, "a module that shares its selection has one indexer"
+    output = first.graph.output_node()
+    output.args = ((*output.args[0], made[0]),)  # type: ignore[misc]
+    with following.graph.inserting_before(next(iter(following.graph.nodes))):
+        taken = following.graph.placeholder("indices")
+    taken.meta.update(slot=Slot("input", "indices", (), torch.int32), val=chosen[0].meta["val"], module="")
+    chosen[0].replace_all_uses_with(taken)
+    following.graph.eliminate_dead_code()
+    for graph in (first, following):
+        graph.graph.lint()
+        graph.recompile()
 
 
 def _export(

@@ -6,6 +6,8 @@
                                     autospec.store_draft(...)
                                     return [%emitted]
 
+    (one selection of keys)         %l1, %h1 = head(%c0, %h0, autospec.share_selection(last row of the catch-up's, path))
+
     (prefill)                       the same behind every chunk: its last row takes the next chunk's first token
 
     (several MTP modules)           every module runs the catch-up's rows, the later ones for their K/V alone;
@@ -31,6 +33,7 @@ from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import with_role
 from autospec.ir.slots import Slot
 from autospec.kernels.commit import gather_rows, last_rows, store_draft, tokens_at
+from autospec.kernels.share_selection import share_selection
 from autospec.kernels.tree_tables import node_positions
 from autospec.state import StateShape, history
 
@@ -65,7 +68,8 @@ class AttachDraftHead(Pass):
             "input_ids": following, "taps": known.taps, "kv_lens": known.start, "q_lens": known.count,
             "position_ids": builder.call(node_positions, known.start, rows, self.max_position),
         }  # fmt: skip
-        logits, recycled = splice(builder, self.catch_up, inputs)
+        logits, recycled, *selected = splice(builder, self.catch_up, inputs)
+        chosen = [builder.call(last_rows, one, known.count) for one in selected]
         for part in self.fill:
             splice(builder, part, {**inputs, "hidden": known.taps})
         hidden = builder.call(last_rows, recycled, known.count)
@@ -77,7 +81,7 @@ class AttachDraftHead(Pass):
                 grown.append((nodes.tokens, builder.call(gather_rows, hidden, nodes.parents)))
                 logits, hidden = self._regrown(builder, kv_lens, nodes, grown)
             else:
-                logits, hidden = self._level(builder, kv_lens, nodes, hidden)
+                logits, hidden = self._level(builder, kv_lens, nodes, hidden, chosen)
             return logits
 
         d2t = None if self.d2t is None else builder.slot(self.d2t)
@@ -86,13 +90,20 @@ class AttachDraftHead(Pass):
         notes.say(f"{self.sizes.tree}: a pass of {rows} rows, then {self.sizes.tree.max_draft_len - 1} by level")
         return 1
 
-    def _level(self, builder: Builder, kv_lens: fx.Node, nodes: Frontier, above: fx.Node) -> list[fx.Node]:
-        """Logits and hidden states of one level's nodes, each reading its parent's hidden state."""
+    def _level(
+        self, builder: Builder, kv_lens: fx.Node, nodes: Frontier, above: fx.Node, chosen: Sequence[fx.Node]
+    ) -> list[fx.Node]:
+        """Logits and hidden states of one level's nodes, each reading its parent's hidden state.
+
+        chosen: what the catch-up's last row selected, if the level is to attend to the same keys.
+        """
         count = nodes.tokens.meta["val"].shape[1]
         append = builder.call(aten.add.Tensor, kv_lens, nodes.first)
         place = builder.call(aten.add.Tensor, kv_lens, nodes.level)
         hidden = builder.call(gather_rows, above, nodes.parents)
         inputs = {"input_ids": nodes.tokens, "hidden": hidden, "kv_lens": append}
+        if chosen:
+            inputs["indices"] = builder.call(share_selection, chosen[0], kv_lens, nodes.first, count, nodes.tree_mask)
         if nodes.tree_mask is None:
             inputs["position_ids"] = builder.call(node_positions, place, count, self.max_position)
         else:

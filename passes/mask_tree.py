@@ -33,6 +33,7 @@ from autospec.kernels.paged_mla import paged_mla
 from autospec.kernels.tree_tables import node_positions, tree_tables
 
 _MASKED = (paged_attention, paged_mla, dsa_topk)  # ops that decide what a node sees
+_PLACED = (append_kv, append_latent, dsa_indexer_logits)  # ops that follow the rows of this call: append, or score up to them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,9 @@ class MaskTree(Pass):
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         todo = [node for node in calls(module, _MASKED) if argument(node, "tree_mask") is None]
-        if not todo:
-            return 0
         if self.is_mask_given:
-            self._take_mask(module, todo)
-        else:
+            return self._take_mask(module, todo)
+        if todo:
             self._make_mask(module, todo)
         return len(todo)
 
@@ -68,15 +67,20 @@ class MaskTree(Pass):
         for node in calls(module, node_positions):
             node.args = (*node.args[:3], depth)
 
-    def _take_mask(self, module: fx.GraphModule, todo: list[fx.Node]) -> None:
-        builder = Builder(module, todo[0])
-        words = (self.num_nodes + 31) // 32
-        mask = builder.slot(Slot("input", "tree_mask", (self.batch_size, self.num_nodes, words), torch.int32))
+    def _take_mask(self, module: fx.GraphModule, todo: list[fx.Node]) -> int:
+        placed = [node for node in calls(module, _PLACED) if node.args[-1] is find_slot(module, "kv_lens")]  # it comes last
+        if not todo and not placed:
+            return 0
+        builder = Builder(module, (todo or placed)[0])
+        if todo:  # a level that is told which slots to read needs no mask
+            words = (self.num_nodes + 31) // 32
+            mask = builder.slot(Slot("input", "tree_mask", (self.batch_size, self.num_nodes, words), torch.int32))
+            for node in todo:
+                node.update_kwarg("tree_mask", mask)
         lens = builder.slot(Slot("input", "append_lens", (self.batch_size,), torch.int32))
-        for node in todo:
-            node.update_kwarg("tree_mask", mask)
-        for node in calls(module, (append_kv, append_latent, dsa_indexer_logits)):  # scores are of rows up to this call's
-            node.update_arg(len(node.args) - 1, lens)  # kv_lens comes last
+        for node in placed:
+            node.update_arg(len(node.args) - 1, lens)
+        return len(todo) or len(placed)
 
     def ensures(self, module: fx.GraphModule) -> Iterable[str]:
         for node in calls(module, _MASKED):

@@ -59,6 +59,9 @@ class MTPHead(nn.Module):
         by_layer = isinstance(getattr(self.rotary_emb, "rope_type", None), dict)
         self._rotary_kind = ("full_attention",) if by_layer else ()  # where it differs by kind of layer
         self.depths = nn.ModuleList(modules)
+        # One module whose later passes select what its first one did, rather than each for itself.
+        asked = getattr(target.get_decoder().config, "index_share_for_mtp_iteration", False)
+        self.shares_selection = bool(asked) and len(modules) == 1 and selects_keys(modules[0].block)
         self.report: HeadReport | None = None  # where it was loaded from
 
     @property

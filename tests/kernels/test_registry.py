@@ -101,6 +101,7 @@ SPECIAL = {
     "grouped_mm": {"weight": lambda: torch.randn(3, 7, 6)},
     "experts": {"x": lambda: torch.randn(6, 7)},
     "expand_latent": {"q_len": lambda: N},
+    "share_selection": {"first": lambda: 2, "q_len": lambda: 3, "indices": lambda: torch.zeros(B, 1, 4, dtype=torch.int32)},
     "top_keys": {"scores": lambda: torch.randn(B, N, N)},
     "latent_attention": {"q_rope": lambda: torch.randn(B, HQ, N, 4)},
     "commit_prompt": {

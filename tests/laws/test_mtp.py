@@ -80,6 +80,25 @@ def test_trees_of_modules_that_select_their_keys(workshop: Workshop) -> None:
     tree_laws.drafts_what_re_feeding_would(workshop, "mtp3-sparse dynamic", target="sparse")
 
 
+@pytest.mark.xdist_group("sparse")
+@pytest.mark.parametrize("drafter", ["mtp-share 7", "mtp-share dynamic"])
+def test_one_selection_for_all_passes_of_a_draft(workshop: Workshop, drafter: str) -> None:
+    """index_share_for_mtp_iteration: later passes attend to what the first one selected, and to their own path."""
+    tree_laws.drafts_what_re_feeding_would(workshop, drafter, target="sparse")
+
+
+def _path_left_out(op: Any, indices: Tensor, kv_lens: Tensor, first: int, q_len: int, tree_mask: Any = None) -> Tensor:
+    return torch.nn.functional.pad(indices.expand(-1, q_len, -1), (0, first + q_len), value=-1)
+
+
+@pytest.mark.xdist_group("sparse")
+def test_a_node_that_does_not_see_its_path_is_caught() -> None:
+    with pytest.raises(AssertionError):
+        tree_laws.drafts_what_re_feeding_would(
+            Workshop(Plant("path left out", "share_selection", _path_left_out)), "mtp-share 7", target="sparse"
+        )
+
+
 @pytest.mark.parametrize(
     ("drafter", "sampling"),
     [("mtp", HOT), ("mtp dynamic", GREEDY), ("mtp3 static", HOT), ("mtp3 dynamic", GREEDY), ("mtp3 7", GREEDY)],

@@ -59,7 +59,7 @@ _MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 TAPS = (0, 0, 1)  # the tiny target has two layers
 MODULES = {"mtp": ("target", 1), "mtp3": ("target", 3), "mtp-latent": ("latent", 2),
-           "mtp-sparse": ("sparse", 1), "mtp3-sparse": ("sparse", 3)}  # the target and how many
+           "mtp-sparse": ("sparse", 1), "mtp3-sparse": ("sparse", 3), "mtp-share": ("sparse", 1)}  # the target and how many
 
 
 def tiny(family: str, seed: int = 0, **config: Any) -> Any:
@@ -85,7 +85,9 @@ def head(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(11)
         if name in MODULES:
-            return _mtp(model(MODULES[name][0]), MODULES[name][1])
+            made = _mtp(model(MODULES[name][0]), MODULES[name][1])
+            made.shares_selection = name == "mtp-share"
+            return made
         if name == "medusa":
             return MedusaHeads(_COMMON["hidden_size"], VOCAB, 8).eval()
         config = LlamaConfig(**{**_COMMON, "num_hidden_layers": 2})
@@ -227,9 +229,25 @@ def mtp_rows(name: str, ids: list[int], path: tuple[int, ...] = ()) -> tuple[Ten
         rows = [_kept(made, depth, torch.tensor([ids[1:]]), hidden, positions) for depth in range(len(made.depths))]
         for count in range(len(path) + 1):
             tokens = torch.tensor([[*ids[1:], *path[:count]]])
+            if made.shares_selection:
+                _select_once(made.depths[0].block.self_attn.indexer, len(ids) - 1)
             logits, recycled = made(count % len(made.depths), tokens, hidden, torch.arange(tokens.shape[1])[None])
             hidden = torch.cat([hidden, recycled[:, -1:]], 1)
     return logits[0, -1], rows
+
+
+def _select_once(indexer: Any, committed: int) -> None:
+    """Rows behind the committed ones select what the last of those does, themselves, and the rows between."""
+    plain = type(indexer).forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        chosen = plain(indexer, *args, **kwargs)
+        rows = torch.arange(chosen.shape[1])
+        chosen = chosen[:, rows.clamp(max=committed - 1)]
+        path = rows[committed:].expand(1, len(rows), -1).to(chosen.dtype)
+        return torch.cat([chosen, torch.where(path <= rows[:, None], path, chosen[..., :1])], -1)  # a key twice is one key
+
+    indexer.forward = forward
 
 
 def _kept(made: MTPHead, depth: int, ids: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,8 @@ DRAFTERS: dict[str, tuple[Speculation, str | None]] = {
     "mtp3": (MTPConfig("mtp3", L), "mtp3"),
     "mtp-latent static": (MTPConfig("mtp-latent", eagle_choices=CHOICES), "mtp-latent"),
     **{f"mtp-sparse {length}": (MTPConfig("mtp-sparse", length), "mtp-sparse") for length in (1, 7)},
+    "mtp-share 7": (MTPConfig("mtp-share", 7), "mtp-share"),
+    "mtp-share dynamic": (MTPConfig("mtp-share", **_GROWN), "mtp-share"),
     "mtp-sparse static": (MTPConfig("mtp-sparse", eagle_choices=CHOICES), "mtp-sparse"),
     "mtp3-sparse dynamic": (MTPConfig("mtp3-sparse", **_GROWN), "mtp3-sparse"),
     "mtp3 static": (MTPConfig("mtp3", eagle_choices=CHOICES), "mtp3"),

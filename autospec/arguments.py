@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,8 +75,23 @@ def check_at_least(asked: argparse.Namespace, least: Mapping[str, int], where: s
                               help="leave it out for the default")  # fmt: skip
 
 
+def check_temperature(temperature: float, where: str) -> None:
+    """Raise OptionError for what is neither 0 nor above it; NaN is neither."""
+    if not temperature >= 0:
+        what = "not be negative" if temperature < 0 else "be a number"
+        raise OptionError(f"--temperature must {what}, got {temperature}", at="--temperature", where=where,
+                          help="0 decodes greedily")  # fmt: skip
+
+
 def check_files(files: Mapping[str, str | Path | None], where: str) -> None:
     """Raise OptionError for a file, by option, that could not be written in the end."""
     for option, file in files.items():
-        if file is not None and not Path(file).resolve().parent.is_dir():
-            raise OptionError(f"there is no folder for {option}", at=f"{option} {file}", where=where, help="make the folder first")
+        if file is None:
+            continue
+        path, at = Path(file).resolve(), f"{option} {file}"
+        if not path.parent.is_dir():
+            raise OptionError(f"there is no folder for {option}", at=at, where=where, help="make the folder first")
+        if path.is_dir():
+            raise OptionError(f"{option} names a folder", at=at, where=where, help="name a file in it")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise OptionError(f"{option} cannot be written", at=at, where=where, help="name a file in a folder of yours")

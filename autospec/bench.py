@@ -24,11 +24,12 @@ import torch
 from tqdm import tqdm
 
 from autospec.api import Limits, OptimizedModel, optimize
-from autospec.arguments import Parser, check_at_least, check_files, sizes
+from autospec.arguments import Parser, check_at_least, check_files, check_temperature, sizes
 from autospec.benching import artifact, grid, profile, shape
 from autospec.benching.contenders import TRANSFORMERS, Contender, Ours, Timed, Transformers, in_turn
 from autospec.benching.differences import compare
 from autospec.benching.picture import draw
+from autospec.benching.prompts import read_prompts
 from autospec.benching.record import recorded
 from autospec.benching.results import Bench, Parts, Run
 from autospec.benching.steps import only_step, step_seconds, verify_only
@@ -38,7 +39,7 @@ from autospec.cli import model_arguments, speculation_of
 from autospec.config import DraftTargetConfig, MTPConfig, Ranking, Speculation, parse_speculation, tree_of
 from autospec.errors import OptionError
 from autospec.loading import check_head, checked_device, load_model, tokenizer_of
-from autospec.model_zoo.bundled import demo_prompts, resolve
+from autospec.model_zoo.bundled import resolve
 from autospec.threads import available_cores, limit_threads
 
 WHERE = "autospec bench"
@@ -134,9 +135,9 @@ def speculations(arguments: Sequence[str]) -> list[tuple[str, Speculation]]:
 
 def measure(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation]]) -> Bench:
     """Everything that was asked for."""
-    prompts, options = read_prompts(asked.model, asked.prompts), _options(asked)
+    prompts, options = prompts_for(asked.model, asked.prompts), _options(asked)
     module = _load(asked)
-    title = _title(asked, module, len(prompts))
+    title = _title(asked, module, len(prompts), (1,))
     print(", ".join(str(value) for value in title.values()))
     runs = build(module, asked.compile, prompts, options, drafters)
     baseline = None if asked.without_transformers else Transformers(module)
@@ -169,12 +170,12 @@ def _options(asked: argparse.Namespace) -> dict[str, Any]:
 def _by_cell(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation]]) -> int:
     """Measure by batch size and prompt length, print, save; 0 if all tokens that mean something are the same."""
     rates = [() if asked.acceptance is None else profile.rates(asked.acceptance, tree_of(one).max_draft_len) for _, one in drafters]
-    prompts, options = read_prompts(asked.model, asked.prompts), _options(asked)
+    prompts, options = prompts_for(asked.model, asked.prompts), _options(asked)
     module = _load(asked)
     cells = [(batch, length) for length in asked.prompt_lengths or (None,) for batch in asked.batch_sizes or (1,)]
     models = captured(module, asked.compile, drafters, Limits(None, None, None), rates)
     grid.check_room(prompts, cells, asked.new_tokens, models[0].fast.target.facts.max_positions, WHERE)
-    title = _title(asked, module, len(prompts))
+    title = _title(asked, module, len(prompts), asked.batch_sizes or (1,))
     print(", ".join(str(value) for value in title.values()))
     contenders: list[Contender] = [] if asked.without_transformers else [Transformers(module)]
     contenders += [Ours(run.name, run.fast) for run in models]
@@ -280,40 +281,12 @@ def _sweeps(asked: argparse.Namespace, runs: Sequence[Run], prompts: Sequence[li
     return list(found.values())
 
 
-def read_prompts(model: str, file: Path | None) -> list[list[int]]:
+def prompts_for(model: str, file: Path | None) -> list[list[int]]:
     """Token ids of every prompt of a file, or of the bundled ones."""
     if file is None and model not in DEMOS:
         raise OptionError("bench needs prompts", at="--prompts", where=WHERE,
                           help="name a file with one prompt a line; only bundled models have prompts of their own")  # fmt: skip
-    prompts: list[Any] = [one["text"] for one in demo_prompts()]
-    if file is not None:
-        try:
-            lines = [line for line in file.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"the prompts cannot be read: {error}", at=f"--prompts {file}", where=WHERE,
-                              help="name a text file") from error  # fmt: skip
-        prompts = [_prompt(line, f"{file}:{i}") for i, line in enumerate(lines, 1)] if file.suffix == ".jsonl" else lines
-        if not prompts:
-            raise OptionError("there are no prompts", at=f"--prompts {file}", where=WHERE, help="write one on every line")
-    if all(isinstance(one, list) for one in prompts):
-        return prompts
-    tokenizer = tokenizer_of(model, WHERE)
-    return [one if isinstance(one, list) else list(tokenizer(one)["input_ids"]) for one in prompts]
-
-
-def _prompt(line: str, place: str) -> Any:
-    """Text or token ids from one line of JSON."""
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError:
-        value = None
-    if isinstance(value, dict):
-        value = next((value[name] for name in ("text", "prompt", "input_ids") if name in value), None)
-    is_ids = isinstance(value, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
-    if not value or not (isinstance(value, str) or is_ids):
-        raise OptionError("a line of the prompts is neither text nor token ids", at=place, where=WHERE,
-                          help='write {"text": "..."} or {"input_ids": [1, 2]} on every line')  # fmt: skip
-    return value
+    return read_prompts(file, lambda: tokenizer_of(model, WHERE), WHERE)
 
 
 def _load(asked: argparse.Namespace) -> Any:
@@ -324,14 +297,14 @@ def _load(asked: argparse.Namespace) -> Any:
     return module.to(device=asked.device, dtype=DTYPES[dtype] if dtype else None)
 
 
-def _title(asked: argparse.Namespace, module: Any, prompts: int) -> dict[str, str | int | float]:
+def _title(asked: argparse.Namespace, module: Any, prompts: int, batches: Sequence[int]) -> dict[str, str | int | float]:
     """What the figures are worth nothing without."""
     weight, cores = next(module.parameters()), torch.get_num_threads()
     where = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"{cores} CPU thread{'s' * (cores > 1)}"
     how = f"temperature {asked.temperature}, seed {asked.seed}" if asked.temperature > 0 else "greedy"
     return {
         "model": asked.model, "dtype": str(weight.dtype).removeprefix("torch."), "device": where,
-        "torch": f"torch {torch.__version__}", "compile": asked.compile, "decoding": f"{how}, batch 1",
+        "torch": f"torch {torch.__version__}", "compile": asked.compile, "decoding": f"{how}, batch {', '.join(map(str, batches))}",
         "prompts": f"{prompts} prompt{'s' * (prompts > 1)}", "new_tokens": f"{asked.new_tokens} new tokens each",
     }  # fmt: skip
 
@@ -340,9 +313,7 @@ def _check(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation]
     """Refuse what could only fail after minutes of compiling."""
     check_at_least(asked, {"new_tokens": 2, "repeats": 1}, WHERE)
     check_files({"--json": asked.json, "--picture": asked.picture}, WHERE)
-    if asked.temperature < 0:
-        raise OptionError(f"--temperature must not be negative, got {asked.temperature}", at="--temperature",
-                          where=WHERE, help="0 decodes greedily")  # fmt: skip
+    check_temperature(asked.temperature, WHERE)
     if asked.sweep_tree and not any(isinstance(speculation, SWEPT) for _, speculation in drafters):
         raise OptionError("--sweep-tree needs a drafter whose budget can be chosen", at="--sweep-tree", where=WHERE,
                           help="add --speculation ngram, draft:MODEL, eagle3:HEAD or medusa:HEAD")  # fmt: skip

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from autospec.arguments import Parser, check_files
+from autospec.arguments import Parser, check_files, check_temperature
 from autospec.errors import AutospecError, OptionError
 
 
@@ -288,9 +288,9 @@ def _tokenizer(asked: argparse.Namespace) -> Any:
 
 
 def _generate(asked: argparse.Namespace) -> int:
-    if asked.temperature < 0:
-        raise OptionError(f"--temperature must not be negative, got {asked.temperature}", at="--temperature",
-                          where="autospec generate", help="0 decodes greedily")  # fmt: skip
+    check_temperature(asked.temperature, "autospec generate")
+    if asked.temperature == 0 and (asked.top_k != 0 or asked.top_p != 1.0):
+        warnings.warn("--top-k and --top-p have no effect on greedy decoding: add --temperature", stacklevel=1)
     tokenizer = _tokenizer(asked)
     fast = _optimized(asked)
     prompt = tokenizer.encode(asked.prompt)
@@ -308,6 +308,9 @@ def _explain(asked: argparse.Namespace) -> int:
     from autospec.report_html import page
 
     check_files({"--html": asked.html}, "autospec explain")
+    if asked.bench is not None and asked.html is None:
+        raise OptionError("--bench is drawn on the page of --html", at="--bench", where="autospec explain",
+                          help="add --html FILE")  # fmt: skip
     bench = None if asked.bench is None else _read_bench(asked.bench)
     with debug.keeping() as texts:
         fast = _optimized(asked)
@@ -321,11 +324,13 @@ def _explain(asked: argparse.Namespace) -> int:
 
 
 def _read_bench(path: str) -> Any:
+    from autospec.report_html import charts
+
     try:
         with open(path, encoding="utf-8") as file:
             bench = json.load(file)
-        assert isinstance(bench["runs"], list)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        charts(bench)  # what cannot be drawn is told before a model is built
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise OptionError(f"--bench needs what `autospec bench --json` wrote: {type(error).__name__}", at=path,
                           where="autospec explain", help="run autospec bench MODEL --json bench.json") from None  # fmt: skip
     return bench
@@ -362,6 +367,12 @@ def _run(asked: argparse.Namespace) -> int:
     check_causal_lm(model)
     graph = copy_graph(capture_model(model).graph)
     options = DebugOptions(dump=asked.dump is not None, verify=True, directory=Path(asked.dump or "."))
+    if asked.dump is not None:
+        try:
+            options.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(f"the folder cannot be made: {error.strerror}", at=f"--dump {asked.dump}", where="autospec run",
+                              help="name a folder of yours") from None  # fmt: skip
     try:
         records = run_stages(graph, [Stage("run", passes)], graph_name="run", debug=options)
     except AssertionError as error:

@@ -54,7 +54,8 @@ def saved_shapes(
     sampling: bool | None,
 ) -> tuple[Shape, ...]:  # fmt: skip
     """The shapes of an artifact: one per batch size, greedy and sampling unless one of them is asked for."""
-    length = max_length or limits.max_length or min(_SAVED_LENGTH, facts.max_positions)
+    fits = min(_SAVED_LENGTH, facts.max_positions) if limits.max_length is None else limits.max_length
+    length = fits if max_length is None else max_length
     sizes = list(dict.fromkeys(batch_sizes))
     for name, value in (("max_length", length), *(("batch_sizes", size) for size in sizes or [0])):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

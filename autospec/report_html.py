@@ -40,7 +40,7 @@ def page(
         "program": ("Program", _cards(program)),
         "pipeline": ("Pipeline", _flow(records, texts)),
         "tree": ("Draft", _figure(*tree_picture(shape.tree))),
-        "charts": ("Measured", _charts(bench)),
+        "charts": ("Measured", charts(bench)),
         "kernels": ("Kernels", _kernels(kernel_rows(program))),
         "table": ("Every pass", _table(records)),
         "diffs": ("What changed", _diffs(texts)),
@@ -141,7 +141,12 @@ def _diffs(texts: Sequence[PassText]) -> str:
     return "<p>The graph's text before and after each pass that changed it. Press / to search.</p>" + "".join(shown)
 
 
-def _charts(bench: Mapping[str, Any] | None) -> str:
+def charts(bench: Mapping[str, Any] | None) -> str:
+    """Pictures of what a bench measured.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError: it is not what a bench wrote.
+    """
     if bench is None:
         return ""
     runs = bench["runs"]

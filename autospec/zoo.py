@@ -27,7 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from autospec.arguments import Parser
+from autospec.arguments import Parser, check_files
 from autospec.errors import AutospecError, OptionError, unknown_option
 
 DRAFTERS = ("plain", "ngram", "draft")
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; 1 if a type is wrong or failed."""
     given = parser().parse_args(argv)
     known = causal_lm_types()
-    types = [name.strip() for name in given.types.split(",") if name.strip()] if given.types else known
+    types = [name.strip() for name in given.types.split(",") if name.strip()] if given.types is not None else known
     for name in types:
         if name not in known:
             raise unknown_option("autospec zoo", name, known, what="model type")
@@ -307,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--jobs must be at least 1, got {given.jobs}", at=f"--jobs {given.jobs}", where="autospec zoo",
             help="types at once, one of them or more",
         )
+    check_files({"--json": given.json}, "autospec zoo")
     rows = run_zoo(types, given.jobs, progress=True, time_limit=given.time_limit, seed=given.seed)
     if given.json:
         with open(given.json, "w") as file:

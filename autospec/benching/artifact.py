@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autospec.arguments import Parser, check_at_least, check_files, sizes
 from autospec.artifact.manifest import is_artifact
 from autospec.benching import grid, startup
 from autospec.benching.contenders import Contender, Ours, Transformers
+from autospec.benching.prompts import read_prompts
 from autospec.errors import OptionError
 from autospec.loaded import LoadedModel, load
-from autospec.model_zoo.bundled import demo_prompts, resolve
+from autospec.model_zoo.bundled import resolve
 from autospec.runtime.text import load_tokenizer
 
 WHERE = "autospec bench DIR"
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
                       help="the model for transformers' generate and plain decoding, or none (default: what was exported, if it "
                            "is here)")  # fmt: skip
     made.add_argument("--prompts", type=Path, default=None, metavar="FILE",
-                      help="one prompt a line; .jsonl: strings or lists of token ids (default: the bundled ones)")  # fmt: skip
+                      help="one prompt a line; .jsonl as in autospec bench MODEL (default: the bundled ones)")  # fmt: skip
     made.add_argument("--batch-sizes", type=sizes, default=(1,), metavar="B,B,...",
                       help="rows at once (default 1); more than were exported run in waves")  # fmt: skip
     made.add_argument("--prompt-lengths", type=sizes, default=None, metavar="S,S,...",
@@ -66,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     _check(asked)
     start = time.perf_counter()
     fast = load(asked.model, compile=asked.compile, device=asked.device, weights=asked.weights, fallback=asked.fallback)
-    prompts = _prompts(asked)
+    prompts = read_prompts(asked.prompts, lambda: load_tokenizer(asked.model), WHERE)
     cells = [(batch, length) for length in asked.prompt_lengths or (None,) for batch in asked.batch_sizes]
     room = max(program.shape.max_length for program in fast.artifact.programs)
     if asked.prompt_lengths is None:
@@ -75,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     fast.generate([prompts[0]], max_new_tokens=1, do_sample=False, **grid.WITHOUT_END)
     title: dict[str, Any] = {
         "model": asked.model, "dtype": str(fast.target.facts.dtype).removeprefix("torch."), "device": str(fast.target.facts.device),
-        "torch": f"torch {fast.artifact.manifest['torch']}", "compile": fast.compile, "prompts": f"{len(prompts)} prompts",
+        "torch": f"torch {torch.__version__}", "compile": fast.compile, "prompts": f"{len(prompts)} prompts",
         "new_tokens": f"{asked.new_tokens} new tokens each",
     }  # fmt: skip
     print(", ".join(map(str, title.values())))
@@ -129,7 +131,7 @@ def _start_up(asked: argparse.Namespace, fast: LoadedModel, source: str | None, 
         raise OptionError(f"--start-up optimises the model from scratch, too: {reason}", at="--start-up", where=WHERE,
                           help="name the model with --against MODEL")  # fmt: skip
     loaded = startup.loading(asked.model, prompt, compile=fast.compile)
-    scratch = startup.optimising(fast.artifact, source, prompt)
+    scratch = startup.optimising(fast.artifact, source, prompt, compile="eager" if fast.compile == "eager" else "inductor")
     print(f"to the first token, each in a fresh process: loading {loaded.seconds:.2f} s, optimising from scratch "
           f"{scratch.seconds:.2f} s ({scratch.seconds / loaded.seconds:.1f} times as long); with imports "
           f"{loaded.with_imports:.2f} s and {scratch.with_imports:.2f} s"
@@ -138,26 +140,3 @@ def _start_up(asked: argparse.Namespace, fast: LoadedModel, source: str | None, 
         "loading": loaded.seconds, "optimising": scratch.seconds,
         "loading_with_imports": loaded.with_imports, "optimising_with_imports": scratch.with_imports,
     }}  # fmt: skip
-
-
-def _prompts(asked: argparse.Namespace) -> list[list[int]]:
-    try:
-        lines = [one["text"] for one in demo_prompts()] if asked.prompts is None else asked.prompts.read_text().splitlines()
-        values = [json.loads(line) if asked.prompts is not None and asked.prompts.suffix == ".jsonl" else line
-                  for line in lines if line.strip()]  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"the prompts cannot be read: {str(error)[:120]}", at=f"--prompts {asked.prompts}", where=WHERE,
-            help="name a text file, or .jsonl with a string or a list of token ids on every line",
-        ) from error  # fmt: skip
-    if not values:
-        raise OptionError("there are no prompts", at=f"--prompts {asked.prompts}", where=WHERE, help="write one on every line")
-    tokenizer = load_tokenizer(asked.model) if any(isinstance(value, str) for value in values) else None
-    found = []
-    for value in values:
-        is_ids = isinstance(value, list) and bool(value) and all(isinstance(token, int) for token in value)
-        if not is_ids and not (isinstance(value, str) and tokenizer is not None):
-            raise OptionError("a prompt is neither text nor token ids", at=repr(value)[:60], where=WHERE,
-                              help="write a string or a list of token ids on every line")  # fmt: skip
-        found.append(value if is_ids else tokenizer.encode(value))  # type: ignore[union-attr]
-    return found

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from autospec.benching.contenders import TRANSFORMERS, Batch, Contender, Timed, in_turn, percentiles
 from autospec.errors import CapacityError
+from autospec.limits import next_power_of_two
 
 WITHOUT_END = {"eos_token_id": -1, "pad_token_id": 0}
 PLAIN = "plain"
@@ -100,9 +101,12 @@ def measure(
 
     for batch, length in tqdm(cells, desc="cells", leave=False):
         batches = batches_of(prompts, batch, length)
-        for one in tqdm(contenders, desc="compiling", leave=False):
-            one.sample(batches[0], {**options, **WITHOUT_END})
-        timed = in_turn(contenders, tqdm(batches, desc="decoding", leave=False), {**options, **WITHOUT_END}, repeats)
+        asked = {**options, **WITHOUT_END}
+        # Longer prompts than the first ones may need a program of their own, which is not what is timed.
+        by_room = {next_power_of_two(max(map(len, rows)) + asked["max_new_tokens"]): rows for rows in batches}
+        for one, rows in tqdm([*itertools.product(contenders, by_room.values())], desc="compiling", leave=False):
+            one.sample(rows, asked)
+        timed = in_turn(contenders, tqdm(batches, desc="decoding", leave=False), asked, repeats)
         outputs = {one.name: [of.outputs for of in by_batch] for one, by_batch in zip(contenders, timed, strict=True)}
         alike = [of for name, of in outputs.items() if means_something(name)]
         found.append(Cell(batch, length, [

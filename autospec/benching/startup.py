@@ -1,6 +1,6 @@
 """How soon the first token comes: an artifact loaded, and the same model optimised from scratch, each in a fresh process.
 
-Both run one after the other, on the same prompt; optimising starts with an empty compile cache.
+Both run one after the other, on the same prompt, and start with an empty compile cache: what the first call on a machine takes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if "source" in asked:
         speculation = from_json(getattr(config, asked["kind"]), asked["options"])
     from autospec.loading import load_model
     model = load_model(asked["source"], "model").to(device=asked["device"], dtype=getattr(torch, asked["dtype"]))
-    fast = autospec.optimize(model, speculation, **asked["limits"])
+    fast = autospec.optimize(model, speculation, **asked["optimize"])
 else:
     fast = autospec.load(asked["folder"], compile=asked["compile"])
 output = fast.generate([asked["prompt"]], max_new_tokens=1, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -63,24 +63,29 @@ class Start:
 
 def loading(folder: str, prompt: Sequence[int], *, compile: str | None = None, new_tokens: int = 8) -> Start:
     """Load an artifact in a fresh process."""
-    return _run({"folder": folder, "compile": compile, "prompt": list(prompt), "new_tokens": new_tokens}, {})
+    return _run({"folder": folder, "compile": compile, "prompt": list(prompt), "new_tokens": new_tokens})
 
 
-def optimising(artifact: Any, source: str, prompt: Sequence[int], *, new_tokens: int = 8) -> Start:
-    """Optimise what an artifact was exported from, for its smallest shape, in a fresh process and without a compile cache."""
+def optimising(
+    artifact: Any, source: str, prompt: Sequence[int], *, compile: str = "inductor", new_tokens: int = 8
+) -> Start:
+    """Optimise what an artifact was exported from, for its smallest shape, in a fresh process."""
     shape = min((program.shape for program in artifact.programs), key=lambda shape: (shape.batch_size, shape.max_length))
     asked = {
         "source": source, "kind": artifact.speculation["kind"], "options": artifact.speculation["options"], "prompt": list(prompt),
         "new_tokens": new_tokens, "device": str(artifact.device), "dtype": dtype_name(artifact.facts.dtype),
-        "limits": {"max_batch_size": shape.batch_size, "max_length": shape.max_length, "page_size": shape.page_size},
+        "optimize": {
+            "compile": compile, "max_batch_size": shape.batch_size, "max_length": shape.max_length, "page_size": shape.page_size,
+            "exact": shape.is_exact and shape.tree.num_nodes, "passes": [f"-{name}" for name in sorted(artifact.left_out)],
+        },
     }  # fmt: skip
+    return _run(asked)
+
+
+def _run(asked: dict[str, Any]) -> Start:
     with tempfile.TemporaryDirectory() as empty:
-        return _run(asked, {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty})
-
-
-def _run(asked: dict[str, Any], environment: dict[str, str]) -> Start:
-    ran = subprocess.run([sys.executable, "-c", _SCRIPT], input=json.dumps(asked), capture_output=True, text=True, check=False,
-                         env={**os.environ, **environment})  # fmt: skip
+        ran = subprocess.run([sys.executable, "-c", _SCRIPT], input=json.dumps(asked), capture_output=True, text=True, check=False,
+                             env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty})  # fmt: skip
     if ran.returncode:
         reason = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ArtifactError(f"the process that was timed failed: {reason[:160]}", at=asked.get("folder") or asked["source"],

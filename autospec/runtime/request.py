@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autospec.errors import OptionError
+
+# Beyond these float32 overflows, or becomes 0: every positive score would be infinite, and the lowest such id win.
+_TEMPERATURES = (1e-30, 1e30)
+_PENALTIES = (1e-3, 1e3)
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         rules = (
-            ("temperature", 0 <= self.temperature < math.inf, "must be finite and not negative"),
+            ("temperature", self.temperature == 0 or _TEMPERATURES[0] <= self.temperature <= _TEMPERATURES[1],
+             f"must be 0 or between {_TEMPERATURES[0]:g} and {_TEMPERATURES[1]:g}"),
             ("top_k", self.top_k >= 0, "must be 0 or a positive integer"),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "must be between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "must be above 0"),
+            ("repetition_penalty", _PENALTIES[0] <= self.repetition_penalty <= _PENALTIES[1],
+             f"must be between {_PENALTIES[0]:g} and {_PENALTIES[1]:g}"),
         )
         for name, holds, text in rules:
             if not holds:

@@ -111,6 +111,7 @@ def make_rows(documents: list[list[int]], length: int, least: int, eos: int | No
         eos: stands between documents; None: every document begins a row of its own.
     """
     pieces: list[list[int]] = []
+    documents = [ids for ids in documents if ids]  # as is what a short document holds out
     if eos is None:
         streams = documents
     else:

@@ -20,6 +20,7 @@ from torch import fx
 from autospec import bench
 from autospec.api import Limits, OptimizedModel
 from autospec.benching import grid, picture, record, steps, sweep, text
+from autospec.benching.contenders import Ours
 from autospec.benching.results import Parts, Run
 from autospec.cli import main
 from autospec.config import DraftTargetConfig, Eagle3Config, MTPConfig, NGramConfig
@@ -137,11 +138,32 @@ def test_by_batch_size_and_prompt_length(folder: Path, capsys: pytest.CaptureFix
     printed, runs = capsys.readouterr().out, json.loads(out.read_text())["runs"]
     assert [(one["batch_size"], one["prompt_length"]) for one in runs] == [(1, 5)] * 3 + [(3, 5)] * 3
     assert "batch 3, prompts of 5 tokens" in printed
+    assert "greedy, batch 1, 3" in printed
     assert all(one["is_identical"] for one in runs)
     assert all(one["first_token_seconds"]["50"] > 0 < one["step_seconds_percentiles"]["50"] for one in runs)
     assert runs[4]["speed_up"] == 1.0
     assert runs[5]["acceptance"]["mean_acceptance_length"] > 1
     assert (folder / "grid.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_timed_was_built_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that need a longer program than the first ones do; and a call is timed as a whole."""
+    plain, built = optimized("plain"), []
+    plain.limits = Limits(None, None, None)
+    build, in_turn = OptimizedModel._build, grid.in_turn
+    monkeypatch.setattr(OptimizedModel, "_build", lambda self, shape: built.append(shape.max_length) or build(self, shape))
+
+    def timed(*args: Any) -> Any:
+        assert built == [128, 256]
+        return in_turn(*args)
+
+    monkeypatch.setattr(grid, "in_turn", timed)
+    (cell,) = grid.measure([Ours("plain", plain)], [[5, 9], [7] * 130], [(1, None)], {"max_new_tokens": 4, "do_sample": False}, 1)
+    assert built == [128, 256]
+    for one in cell.results[0].timed:
+        assert one.metrics is not None
+        assert one.seconds > one.metrics.seconds
+        assert one.first_tokens[0] - one.metrics.first_token_seconds == pytest.approx(one.seconds - one.metrics.seconds)
 
 
 def test_synthetic_acceptance_is_what_was_asked_for_and_said_to_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,10 +371,10 @@ def test_prompts_of_every_kind(folder: Path, tmp_path: Path) -> None:
     tokenizer = char_tokenizer()
     abba, hello = (tokenizer(word)["input_ids"] for word in ("abba", "hello"))
     target = str(folder / "target")
-    assert bench.read_prompts(target, folder / "prompts.jsonl") == [PROMPTS[0], abba, hello, [33, 7, 7, 20]]
+    assert bench.prompts_for(target, folder / "prompts.jsonl") == [PROMPTS[0], abba, hello, [33, 7, 7, 20]]
     (tmp_path / "lines.txt").write_text("abba\n\nhello\n")
-    assert bench.read_prompts(target, tmp_path / "lines.txt") == [abba, hello]
-    assert len(bench.read_prompts("bundled:target", None)) > 3
+    assert bench.prompts_for(target, tmp_path / "lines.txt") == [abba, hello]
+    assert len(bench.prompts_for("bundled:target", None)) > 3
 
 
 @pytest.mark.parametrize(
@@ -371,7 +393,9 @@ def test_prompts_of_every_kind(folder: Path, tmp_path: Path) -> None:
         (["--acceptance", "0.2,0.5", "--speculation", "ngram"], "the acceptance rises"),
         (["--speculation", "auto", "--sweep-tree"], "whose budget can be chosen"),
         (["--speculation", "ngram", "--eagle-choices", "[[0]]"], "needs a drafter that takes it"),
+        (["--temperature", "nan"], "must be a number"),
         (["--json", "no-such-folder/out.json"], "no folder"),
+        (["--picture", "."], "--picture names a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -388,8 +412,8 @@ def test_refusals(
 
 
 def test_a_model_without_prompts_or_tokenizer(folder: Path, tmp_path: Path, refused: Callable[..., AutospecError]) -> None:
-    assert "needs prompts" in str(refused(OptionError, lambda: bench.read_prompts("some/model", None)))
+    assert "needs prompts" in str(refused(OptionError, lambda: bench.prompts_for("some/model", None)))
     model("target").save_pretrained(tmp_path / "bare")
     (tmp_path / "lines.txt").write_text("abba\n")
-    call = lambda: bench.read_prompts(str(tmp_path / "bare"), tmp_path / "lines.txt")  # noqa: E731
+    call = lambda: bench.prompts_for(str(tmp_path / "bare"), tmp_path / "lines.txt")  # noqa: E731
     assert "tokenizer cannot be loaded" in str(refused(CheckpointError, call))

@@ -141,3 +141,10 @@ def test_the_verb_writes_the_page(written: Callable[[str], Path], tmp_path: Path
     for broken, message in (("--html", "there is no folder for --html"), ("--bench", "needs what `autospec bench --json` wrote")):
         assert main([*options, broken, str(tmp_path / "none" / "x")]) == 2
         assert message in capsys.readouterr().err
+    run = BENCH["runs"][0]
+    for wrong in ([], {}, {"runs": [{}]}, {"runs": [{**run, "tokens_per_second": None}]}, {"runs": [{**run, "name": 3}]}):
+        (tmp_path / "bench.json").write_text(json.dumps(wrong))
+        assert main(options) == 2, wrong
+        assert "needs what `autospec bench --json` wrote" in capsys.readouterr().err
+    assert main(["explain", "x", "--bench", str(tmp_path / "bench.json")]) == 2
+    assert "--bench is drawn on the page of --html" in capsys.readouterr().err

@@ -6,12 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from harness.artifacts import demo
 
+from autospec.benching import artifact
 from autospec.benching.contenders import percentiles
 from autospec.cli import main
+from autospec.loaded import load
 
 pytestmark = pytest.mark.xdist_group("demo artifacts")
 PROMPT = "def add(a, b):"
@@ -65,13 +69,23 @@ def test_mistakes(arguments: list[str], message: str, exported: Path, capsys: py
     assert [line.split()[0] for line in lines[-3:]] == ["at", "in", "help"]
 
 
-def test_bench_measures_an_artifact(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "p.jsonl").write_text('[464, 1140, 2531]\n"import os"\n')
+def test_bench_measures_an_artifact(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def old(*args: Any, **options: Any) -> Any:
+        loaded = load(*args, **options)
+        loaded.artifact.manifest["torch"] = "1.0"
+        return loaded
+
+    monkeypatch.setattr(artifact, "load", old)
+    (tmp_path / "p.jsonl").write_text('{"input_ids": [464, 1140, 2531]}\n"import os"\n')
     options = ["--compile", "eager", "--new-tokens", "8", "--repeats", "1", "--prompts", str(tmp_path / "p.jsonl")]
     source = str(Path(__file__).resolve().parents[2] / "model_zoo/demo/target")
     files = ["--json", str(tmp_path / "bench.json"), "--picture", str(tmp_path / "bench.png")]
     assert main(["bench", str(exported), *options, *files, "--against", source, "--batch-sizes", "1,2"]) == 0
-    assert "loading to the first token took" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "loading to the first token took" in printed
+    assert f"torch {torch.__version__}, eager" in printed, "of this process, whatever exported it"
     runs = json.loads((tmp_path / "bench.json").read_text())["runs"]
     names = ["transformers generate", "plain", "artifact, eager"]
     assert [one["name"] for one in runs] == [f"{name}, batch {batch}, prompts as given" for batch in (1, 2) for name in names]

@@ -138,6 +138,7 @@ def test_only_what_fused_weights_are_made_of_is_needed() -> None:
     ("options", "kind", "message"),
     [
         ({"batch_sizes": ()}, OptionError, "batch_sizes must be positive integers"),
+        ({"max_length": 0}, OptionError, "max_length must be positive integers, got 0"),
         ({"batch_sizes": (1, 0)}, OptionError, "batch_sizes must be positive integers, got 0"),
         ({"max_length": 257}, CapacityError, "the model has 256 positions"),
         ({"max_length": "9"}, OptionError, "max_length must be positive integers"),

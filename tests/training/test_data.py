@@ -91,6 +91,7 @@ def test_rows_follow_one_another_or_begin_anew() -> None:
     assert packed.tokens.tolist() == [[5, 6, 7, 1], [8, 9, 1, 3], [3, 3, 3, 3], [3, 3, 3, 3]]  # the rest is too short
     assert packed.weights.tolist() == [[1, 1, 1, 0]] * 4
     apart = make_rows(documents, 4, least=2, eos=None)
+    assert torch.equal(make_rows([[], *documents], 4, least=3, eos=1).tokens, packed.tokens), "an empty document is none"
     assert apart.tokens.tolist() == [[5, 6, 7, 0], [8, 9, 0, 0], [3] * 4, [3] * 4]
     assert apart.weights.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]]
     assert token_counts(apart, 10).tolist() == [0, 0, 0, 8, 0, 1, 1, 1, 1, 1]

@@ -321,6 +321,9 @@ def _check(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation]
     if asked.sweep_tree and is_grid:
         raise OptionError("--sweep-tree predicts from prompts as they are, one at a time", at="--sweep-tree", where=WHERE,
                           help="leave out --batch-sizes, --prompt-lengths and --acceptance")  # fmt: skip
+    if asked.acceptance is not None and not drafters:
+        raise OptionError("--acceptance is of drafts, and plain decoding has none", at="--acceptance", where=WHERE,
+                          help="name a drafter, such as --speculation ngram --max-draft-len 6")  # fmt: skip
     if asked.acceptance is not None and any(name == "auto" for name, _ in drafters):
         raise OptionError("--acceptance needs drafts of one length, and auto chooses its own", at="--acceptance", where=WHERE,
                           help="name a drafter, such as --speculation ngram --max-draft-len 6")  # fmt: skip

@@ -47,7 +47,7 @@ from autospec.config import Eagle3Config, MTPConfig, Speculation, tree_of
 from autospec.errors import OptionError, unknown_option
 from autospec.exactness import exact_nodes
 from autospec.kernels.launch import triton
-from autospec.loading import check_head
+from autospec.loading import check_head, checked_device
 from autospec.model_zoo.shapes import SHAPES
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
 from autospec.program import CapturedModel, Program
@@ -181,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     """Measure, print, save."""
     asked = parser().parse_args(arguments)
-    asked.device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked.device = torch.device(checked_device(asked.device, WHERE))
     asked.dtype = asked.dtype or ("bf16" if asked.device.type == "cuda" else "fp32")
     drafters = [parse_drafter(word) for word in asked.speculation]
     profiles = [_profile(one, asked.acceptance) for one in drafters]

@@ -390,6 +390,7 @@ def test_prompts_of_every_kind(folder: Path, tmp_path: Path) -> None:
         (["--batch-sizes", "2", "--prompt-lengths", "4000"], "do not fit, a row holds"),
         (["--batch-sizes", "1", "--sweep-tree", "--speculation", "ngram"], "one at a time"),
         (["--acceptance", "2.5", "--speculation", "auto"], "auto chooses its own"),
+        (["--acceptance", "2", "--speculation", "none"], "plain decoding has none"),
         (["--acceptance", "0.2,0.5", "--speculation", "ngram"], "the acceptance rises"),
         (["--speculation", "auto", "--sweep-tree"], "whose budget can be chosen"),
         (["--speculation", "ngram", "--eagle-choices", "[[0]]"], "needs a drafter that takes it"),

@@ -151,7 +151,7 @@ def test_other_profiles_are_refused(text: str) -> None:
 @pytest.mark.parametrize("words", [
     ["--shape", "llama-3.1-80b"], ["--speculation", "eagle3:2,3"], ["--speculation", "eagle:7"],
     ["--speculation", "eagle3:2@3.91"], ["--acceptance", "0.9,0.8,0.7", "--speculation", "eagle3:2"], ["--rounds", "0"],
-    ["--prompt", "200000"], ["--json", "missing/shape.json"],
+    ["--prompt", "200000"], ["--json", "missing/shape.json"], ["--device", "abacus"],
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_refused_at_once(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(*words)) == 2

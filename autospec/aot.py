@@ -8,6 +8,7 @@ kernels, which travel with it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shlex
 import shutil
@@ -112,11 +113,13 @@ def _self_contained_compiler() -> Path:
     A package holds std::regex as its compiler makes it, and a process may hold another compiler's: on Ubuntu 24.04 (g++ 13.3,
     torch 2.11+cu130) each package crashed while it was loaded, one that adds two tensors as well.
     """
-    # Inductor knows compilers by their names, and keeps precompiled headers by their paths.
-    script = Path(cache_dir()) / "autospec" / "g++"
-    compiler = shlex.quote(get_cpp_compiler())
-    text = f'#!/bin/sh\ncase " $* " in *" -shared "*) set -- "$@" -Wl,-Bsymbolic ;; esac\nexec {compiler} "$@"\n'
-    if not script.exists() or script.read_text() != text:
+    compiler = get_cpp_compiler()
+    text = f'#!/bin/sh\ncase " $* " in *" -shared "*) set -- "$@" -Wl,-Bsymbolic ;; esac\nexec {shlex.quote(compiler)} "$@"\n'
+    # Inductor knows compilers by their names, and keeps precompiled headers by their paths. A process with another compiler has
+    # another script.
+    name = "clang++" if "clang" in Path(compiler).name else "g++"
+    script = Path(cache_dir()) / "autospec" / hashlib.sha256(text.encode()).hexdigest()[:16] / name
+    if not script.exists():
         script.parent.mkdir(parents=True, exist_ok=True)
         fresh = script.with_suffix(f".{os.getpid()}")  # renamed, so that no other process runs half a script
         fresh.write_text(text)

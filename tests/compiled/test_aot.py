@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from harness.models import tiny
 
 import autospec
+from autospec import aot
 from autospec.benching import startup
 from autospec.errors import ArtifactError
 from autospec.runtime.artifact import Artifact
@@ -53,6 +55,25 @@ def test_what_a_package_calls_is_explained(packaged: Path) -> None:
     assert any("paged_attention: cpu x 1" in line for line in lines)
     kernels = lines[lines.index("kernels") :]
     assert any(line.split()[:3] == ["step_2", "paged_attention", "cpu"] for line in kernels)
+
+
+def test_every_compiler_has_a_script_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor tells clang by its name; exports at the same time may have different compilers."""
+    (tmp_path / "a 'folder'").mkdir()
+    monkeypatch.setattr(aot, "cache_dir", lambda: tmp_path / "cache")
+    made = {}
+    for name in ("g++", "clang++-18"):
+        compiler = tmp_path / "a 'folder'" / name
+        compiler.write_text(f'#!/bin/sh\necho "{name}: $*"\n')
+        compiler.chmod(0o755)
+        monkeypatch.setattr(aot, "get_cpp_compiler", lambda compiler=compiler: str(compiler))
+        made[name] = aot._self_contained_compiler()
+        assert aot._self_contained_compiler() == made[name]
+    assert [script.name for script in made.values()] == ["g++", "clang++"]
+    for name, script in made.items():
+        for given, told in (("-c x.cpp", ""), ("-shared x.o", " -Wl,-Bsymbolic")):
+            ran = subprocess.run([script, *given.split()], capture_output=True, text=True, check=True)
+            assert ran.stdout == f"{name}: {given}{told}\n"
 
 
 def test_another_machine_falls_back_if_it_may(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -470,6 +470,7 @@ def export_model(model: Any) -> Exported:
             f"the model calls attention {count} times, but its graph has {found} calls", where=name,
             help="its Python code takes another path under export than in an eager run",
         )  # fmt: skip
+    _check_paths(graph, name)
     if (longest := _longest_of_this_path(graph)) is not None:
         limits.append((longest, "the model's Python code takes another path for a longer text"))
     return Exported(graph, weights, count, routed, tuple(limits))
@@ -483,6 +484,32 @@ def _longest_of_this_path(graph: fx.GraphModule) -> int | None:
         return None
     upper = size.node.shape_env.bound_sympy(size.node.expr).upper
     return int(upper) if upper.is_Integer and int(upper) < _MOST_POSITIONS else None
+
+
+_MANY = (256, 4096)  # rows and tokens of a row: how many are read at once must not change the path through the model's code
+_FEW = 64  # tokens, up to which a condition on a remainder is tried
+
+
+def _check_paths(graph: fx.GraphModule, name: str) -> None:
+    """Raise CaptureError where Python code branches on how many rows are read, or on a remainder of their length."""
+    tokens = find_slot(graph, "input_ids")
+    sizes = tokens.meta["val"].shape if tokens is not None else ()
+    if not all(isinstance(size, torch.SymInt) for size in sizes):
+        return
+    rows, length = symbols = [size.node.expr for size in sizes]
+    for guard in (guard.expr for guard in sizes[0].node.shape_env.guards):
+        if not (guard.is_Relational and guard.free_symbols <= {*symbols}):
+            continue
+        if guard.rel_op in ("==", "!="):
+            tried = [{rows: 2, length: count} for count in range(2, _FEW + 1)]
+        else:  # of the length alone, it limits the positions
+            tried = [dict(zip(symbols, _MANY, strict=True))] if rows in guard.free_symbols else []
+        if not all(guard.subs(counts) for counts in tried):
+            named = guard.subs(dict(zip(symbols, ("batch", "length"), strict=True)))
+            raise CaptureError(
+                f"the model's Python code takes this path only while {named}", where=name,
+                help="how many rows and tokens are read at once must not change the tokens of any",
+            )  # fmt: skip
 
 
 def _model_line(error: BaseException) -> str | None:

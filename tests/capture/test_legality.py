@@ -313,6 +313,25 @@ def test_a_branch_on_the_length_limits_the_positions():
     assert any("another path for a longer text" in detail for record in captured.records for detail in record.details)
 
 
+OF_ROWS = {
+    "many tokens in all": (lambda x: x * 2 if x.numel() > 64 * 40 else x, r"only while 64\*batch\*length <= 2560"),
+    "many rows": (lambda x: x * 2 if x.shape[0] > 3 else x, "only while batch <= 3"),
+    "a remainder": (lambda x: x if x.shape[1] % 16 else x * 2, r"only while Ne\(Mod\(length, 16\), 0\)"),
+    "one token of one row": (lambda x: x * 2 if x.numel() == 64 else x, "cached decoding differs"),
+    "a row's number": (lambda x: x * torch.arange(1, x.shape[0] + 1)[:, None, None], "decoded alone differ"),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_what_depends_on_the_rows_that_are_read_at_once_is_refused(name):
+    change, rule = OF_ROWS[name]
+    model = llama()
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: head(change(x))
+    with pytest.raises(CaptureError, match=rule):
+        capture_model(model)
+
+
 def test_a_table_of_positions_limits_them():
     """A configuration may promise more positions than the table has rows."""
     model = tiny_model("opt", num_hidden_layers=1)

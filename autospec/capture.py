@@ -493,7 +493,7 @@ _FEW = 64  # tokens, up to which a condition on a remainder is tried
 def _check_paths(graph: fx.GraphModule, name: str) -> None:
     """Raise CaptureError where Python code branches on how many rows are read, or on a remainder of their length."""
     tokens = find_slot(graph, "input_ids")
-    sizes = tokens.meta["val"].shape if tokens is not None else ()
+    sizes: Any = tokens.meta["val"].shape if tokens is not None else ()
     if not all(isinstance(size, torch.SymInt) for size in sizes):
         return
     rows, length = symbols = [size.node.expr for size in sizes]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from autospec.api import Limits, OptimizedModel, optimize
 from autospec.arguments import Parser, check_at_least, check_files, check_temperature, sizes
-from autospec.benching import artifact, grid, profile, shape
+from autospec.benching import artifact, grid, grid_report, profile, shape
 from autospec.benching.contenders import TRANSFORMERS, Contender, Ours, Timed, Transformers, in_turn
 from autospec.benching.differences import compare
 from autospec.benching.picture import draw
@@ -35,8 +35,8 @@ from autospec.benching.results import Bench, Parts, Run
 from autospec.benching.steps import only_step, step_seconds, verify_only
 from autospec.benching.sweep import SWEPT, Sweep, sweep
 from autospec.benching.text import as_json, sweep_table, table
-from autospec.cli import model_arguments, speculation_of
 from autospec.config import DraftTargetConfig, MTPConfig, Ranking, Speculation, parse_speculation, tree_of
+from autospec.drafter_arguments import model_arguments, speculation_of
 from autospec.errors import OptionError
 from autospec.loading import check_head, checked_device, load_model, tokenizer_of
 from autospec.model_zoo.bundled import resolve
@@ -111,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
         draw(bench, asked.picture)
         print(f"\npicture: {asked.picture}")
     if not bench.is_identical:
-        print("\n" + "\n".join([*(one.text() for one in bench.differences), grid.DIFFERS]))
+        print("\n" + "\n".join([*(one.text() for one in bench.differences), grid_report.DIFFERS]))
     return 0 if bench.is_identical else 1
 
 
@@ -181,7 +181,7 @@ def _by_cell(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculatio
     contenders += [Ours(run.name, run.fast) for run in models]
     synthetic = {run.name: profile.mean_length(one) for run, one in zip(models[1:], rates, strict=True) if one}
     found = grid.measure(contenders, prompts, cells, options, asked.repeats, synthetic)
-    return grid.report(found, title, asked.json, asked.picture)
+    return grid_report.report(found, title, asked.json, asked.picture)
 
 
 def build(

@@ -16,7 +16,7 @@ import torch
 
 from autospec.arguments import Parser, check_at_least, check_files, sizes
 from autospec.artifact.manifest import is_artifact
-from autospec.benching import grid, startup
+from autospec.benching import grid, grid_report, startup
 from autospec.benching.contenders import Contender, Ours, Transformers
 from autospec.benching.prompts import read_prompts
 from autospec.errors import OptionError
@@ -90,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
         title |= _start_up(asked, fast, source, reason, prompts[0])
     contenders = [*(_others(source, fast) if source else []), Ours(f"artifact, {fast.compile}", fast)]
     found = grid.measure(contenders, prompts, cells, {"max_new_tokens": asked.new_tokens, "do_sample": False}, asked.repeats)
-    return grid.report(found, title, asked.json, asked.picture)
+    return grid_report.report(found, title, asked.json, asked.picture)
 
 
 def _check(asked: argparse.Namespace) -> None:

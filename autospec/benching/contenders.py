@@ -152,6 +152,11 @@ def percentiles(samples: Sequence[float]) -> dict[str, float]:
     return {str(share): ordered[max(0, -(-len(ordered) * share // 100) - 1)] for share in PERCENTILES} if ordered else {}
 
 
+def spread(found: Mapping[str, float]) -> str:
+    """Percentiles in milliseconds."""
+    return "  ".join(f"{1000 * seconds:>6.2f}" for seconds in found.values())
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' remark that an eos id of -1, which no token has, is unusual."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from autospec.benching.contenders import TRANSFORMERS, percentiles
-from autospec.benching.grid import spread
+from autospec.benching.contenders import TRANSFORMERS, percentiles, spread
 from autospec.benching.record import Acceptance
 from autospec.benching.results import Bench, Run
 from autospec.benching.sweep import Budget, Sweep

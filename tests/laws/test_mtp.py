@@ -66,12 +66,10 @@ def test_latents_and_experts(workshop: Workshop) -> None:
 
 
 @pytest.mark.xdist_group("sparse")
-@pytest.mark.parametrize("length", [1, 7])
-def test_modules_that_select_their_keys(workshop: Workshop, length: int) -> None:
+def test_modules_that_select_their_keys(workshop: Workshop) -> None:
     """Modules of DeepSeek-V3.2 have indexers of their own, whose keys lie behind the target's."""
-    accepts_every_count(workshop, f"mtp-sparse {length}", length, target="sparse")
-    if length == 7:
-        tree_laws.drafts_what_re_feeding_would(workshop, "mtp-sparse 7", target="sparse")
+    accepts_every_count(workshop, "mtp-sparse 7", 7, target="sparse")
+    tree_laws.drafts_what_re_feeding_would(workshop, "mtp-sparse 7", target="sparse")
 
 
 @pytest.mark.xdist_group("sparse")
@@ -81,10 +79,10 @@ def test_trees_of_modules_that_select_their_keys(workshop: Workshop) -> None:
 
 
 @pytest.mark.xdist_group("sparse")
-@pytest.mark.parametrize("drafter", ["mtp-share 7", "mtp-share dynamic"])
-def test_one_selection_for_all_passes_of_a_draft(workshop: Workshop, drafter: str) -> None:
+def test_one_selection_for_all_passes_of_a_draft(workshop: Workshop) -> None:
     """index_share_for_mtp_iteration: later passes attend to what the first one selected, and to their own path."""
-    tree_laws.drafts_what_re_feeding_would(workshop, drafter, target="sparse")
+    for drafter in ("mtp-share 7", "mtp-share dynamic"):
+        tree_laws.drafts_what_re_feeding_would(workshop, drafter, target="sparse")
 
 
 def _path_left_out(op: Any, indices: Tensor, kv_lens: Tensor, first: int, q_len: int, tree_mask: Any = None) -> Tensor:

@@ -60,7 +60,7 @@ DRAFTERS: dict[str, tuple[Speculation, str | None]] = {
     "mtp dynamic": (MTPConfig("mtp", **_GROWN), "mtp"),
     "mtp3": (MTPConfig("mtp3", L), "mtp3"),
     "mtp-latent static": (MTPConfig("mtp-latent", eagle_choices=CHOICES), "mtp-latent"),
-    **{f"mtp-sparse {length}": (MTPConfig("mtp-sparse", length), "mtp-sparse") for length in (1, 7)},
+    "mtp-sparse 7": (MTPConfig("mtp-sparse", 7), "mtp-sparse"),
     "mtp-share 7": (MTPConfig("mtp-share", 7), "mtp-share"),
     "mtp-share dynamic": (MTPConfig("mtp-share", **_GROWN), "mtp-share"),
     "mtp-sparse static": (MTPConfig("mtp-sparse", eagle_choices=CHOICES), "mtp-sparse"),

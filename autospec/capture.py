@@ -470,7 +470,8 @@ def export_model(model: Any) -> Exported:
             f"the model calls attention {count} times, but its graph has {found} calls", where=name,
             help="its Python code takes another path under export than in an eager run",
         )  # fmt: skip
-    _check_paths(graph, name)
+    if count or any(calls(graph, (aten.softmax, aten._softmax))):  # what has no attention is refused for that
+        _check_paths(graph, name)
     if (longest := _longest_of_this_path(graph)) is not None:
         limits.append((longest, "the model's Python code takes another path for a longer text"))
     return Exported(graph, weights, count, routed, tuple(limits))
@@ -494,7 +495,7 @@ def _check_paths(graph: fx.GraphModule, name: str) -> None:
     """Raise CaptureError where Python code branches on how many rows are read, or on a remainder of their length."""
     tokens = find_slot(graph, "input_ids")
     sizes: Any = tokens.meta["val"].shape if tokens is not None else ()
-    if not all(isinstance(size, torch.SymInt) for size in sizes):
+    if len(sizes) != 2 or not all(isinstance(size, torch.SymInt) for size in sizes):
         return
     rows, length = symbols = [size.node.expr for size in sizes]
     for guard in (guard.expr for guard in sizes[0].node.shape_env.guards):

@@ -13,15 +13,20 @@ from autospec.kernels.registry import kernel_op
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | None, scale: float, softcap: float,
-    bias: Tensor | None = None,
+    bias: Tensor | None = None, q_lens: Tensor | None = None,
 ) -> Tensor:
     """Grouped-query attention with an explicit mask; the arithmetic shared by every attention reference.
 
     q [B, N, Hq, D]; k [B, T, Hkv, D]; v [B, T, Hkv, Dv]; visible bool, broadcastable to [B, N, T];
     sinks [Hq], one extra logit per head that takes probability and gives nothing; bias float32, broadcastable to
     [B, Hq, N, T], added to the scores behind scale and softcap. -> [B, N, Hq, Dv].
+    q_lens [B]: queries past it are padding, whose result is unspecified. What lies in rows that no other query sees, NaN
+    included, changes nothing: a page holds what the request before left there.
     """
     batch, q_len, q_heads, _ = q.shape
+    looking = visible if q_lens is None else visible & (torch.arange(q_len, device=q.device) < q_lens[:, None])[..., None]
+    seen = looking.any(1)[:, :, None, None]
+    k, v = torch.where(seen, k, 0.0), torch.where(seen, v, 0.0)
     kv_heads, v_dim = k.shape[2], v.shape[3]
     group = q_heads // kv_heads
     # Queries that share a K/V head become rows of one matrix: K and V are read once and never repeated.

@@ -97,7 +97,7 @@ def paged_attention(
     if alibi_slopes is not None:
         query, position, _ = slot_positions(kv_lens, q_len, num_slots, tree_mask)
         bias = alibi_bias(alibi_slopes, query, position)
-    return attend(q, k, v, visible, sinks, scale, softcap, bias)
+    return attend(q, k, v, visible, sinks, scale, softcap, bias, q_lens)
 
 
 def why_not_triton(args: Mapping[str, Any]) -> str | None:

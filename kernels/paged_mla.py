@@ -60,7 +60,7 @@ def paged_mla(
     num_slots = page_table.shape[1] * latent_pages.shape[1]
     rows = latent_pages.index_select(0, page_table.reshape(-1)).reshape(batch, num_slots, 1, -1)
     visible = visible_slots(kv_lens, q_len, num_slots, 0, 0, tree_mask)
-    return attend(torch.cat([q_latent, q_rope], -1), rows, rows[..., :kv_lora_rank], visible, None, scale, 0.0)
+    return attend(torch.cat([q_latent, q_rope], -1), rows, rows[..., :kv_lora_rank], visible, None, scale, 0.0, None, q_lens)
 
 
 def why_not_triton(args: Mapping[str, Any]) -> str | None:

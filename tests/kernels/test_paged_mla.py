@@ -173,6 +173,7 @@ def test_padding_is_invisible(interpreted):
         poisoned.q_latent[b, int(case.q_lens[b]) :] = float("nan")
     poisoned.latent_pages[0] = float("nan")
     check(case, on_cpu(*poisoned.arguments()))
+    check(case, paged_mla(*poisoned.arguments()))
     for tile in (WHOLE, SPLIT):
         check(case, interpreted(FILE, "attend_latent_pages", *poisoned.arguments(), tile))
 

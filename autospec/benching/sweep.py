@@ -191,6 +191,15 @@ class Times:
         known = sorted((n, seconds) for (kind, n), seconds in self.verify.items() if kind == is_chain)
         return float(np.interp(nodes, [n for n, _ in known], [seconds for _, seconds in known]))
 
+    @property
+    def is_disturbed(self) -> bool:
+        """A step took a tenth longer than one of more nodes, so something else ran beside them."""
+        return any(
+            mine > 1.1 * more
+            for (kind, nodes), mine in self.verify.items() for (other, wider), more in self.verify.items()
+            if kind == other and nodes < wider
+        )  # fmt: skip
+
     def draft_at(self, tree: DraftTree) -> float:
         first, level = self.draft[tree.dynamic_tree_max_topk or 1]
         return first + level * (tree.max_draft_len - 1)

@@ -98,6 +98,8 @@ def sweep_table(swept: Sweep, model: str) -> str:
             f"{row.nodes:>4} {1000 * times.verify_at(row.nodes, True):>17.3f} {tree_time:>8}   {_cells(row.chain, 27)}"
             f"   {_cells(row.tree, 22)}  {winner}".rstrip()
         )
+    if times.is_disturbed:
+        lines += ["", "the machine was busy while steps were timed: some took longer than steps of more nodes"]
     return "\n".join([*lines, "", *_verdict(swept, model)])
 
 

@@ -353,6 +353,13 @@ def test_a_busy_machine_is_told() -> None:
         assert ("the machine was busy" in text.table(bench.Bench(title, [run], []))) == is_told
 
 
+def test_a_sweep_tells_of_a_busy_machine_too() -> None:
+    quiet = _swept({4: 1.9})
+    assert "the machine was busy" not in text.sweep_table(quiet, "m")
+    quiet.times.verify[True, 1] = 0.0221
+    assert "the machine was busy" in text.sweep_table(quiet, "m")
+
+
 def test_times_between_sizes_lie_on_lines() -> None:
     times = _swept({}).times
     assert times.verify_at(16, True) == 0.02

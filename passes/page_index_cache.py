@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from autospec.ir.build import Builder
 from autospec.ir.match import argument, aten, calls, operand
-from autospec.ir.passes import Notes, Pass
-from autospec.ir.slots import Slot
+from autospec.ir.paging import PagingPass
+from autospec.ir.passes import Notes
 from autospec.kernels.append_latent import append_latent
 from autospec.kernels.dsa_indexer_logits import dsa_indexer_logits
 from autospec.kernels.dsa_topk import dsa_topk
@@ -30,18 +29,13 @@ from autospec.kernels.select_keys import select_keys, top_keys
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageIndexCache(Pass):
+class PageIndexCache(PagingPass):
     """Selections become append_latent of index keys, dsa_indexer_logits and dsa_topk."""
 
     name = "page-index-cache"
-    page_size: int
-    num_pages: int
-    pages_per_row: int
-    is_length_given: bool = False  # kv_lens is an input of the graph (a spliced draft) instead of state
 
     def requires(self, module: fx.GraphModule) -> Iterable[str]:
-        if "fake_mode" not in module.meta:
-            yield "shapes must be static"
+        yield from super().requires(module)
         for node in calls(module, top_keys):
             yield f"%{node.name} selects by scores of unknown origin"
 
@@ -53,11 +47,9 @@ class PageIndexCache(Pass):
             batch, _, width = k.meta["val"].shape
             index_topk, scale = argument(node, "index_topk"), argument(node, "scale")
             builder = Builder(module, node, node.meta.get("module", ""))
-            page_table = builder.state("page_table", (batch, self.pages_per_row), torch.int32)
-            kv_lens = builder.slot(Slot("input" if self.is_length_given else "state", "kv_lens", (batch,), torch.int32))
+            page_table, kv_lens = self.addresses(builder, batch)
             if k not in shared:
-                size = (self.num_pages, self.page_size, width)
-                shared[k] = builder.state(f"index_pages.{len(shared)}", size, k.meta["val"].dtype)
+                shared[k] = self.pages(builder, f"index_pages.{len(shared)}", (width,), k.meta["val"].dtype)
                 parts = [builder.call(aten.slice.Tensor, k, 2, *ends) for ends in ((0, width // 2), (width // 2, width))]
                 builder.call(append_latent, *parts, shared[k], page_table, kv_lens)
             scores = builder.call(

@@ -14,31 +14,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from autospec.ir.build import Builder
 from autospec.ir.match import argument, aten, calls, operand
-from autospec.ir.passes import Notes, Pass
-from autospec.ir.slots import Slot, slots
+from autospec.ir.paging import PagingPass
+from autospec.ir.passes import Notes
+from autospec.ir.slots import slots
 from autospec.kernels.append_kv import append_kv
 from autospec.kernels.attention import attention
 from autospec.kernels.paged_attention import paged_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageKvCache(Pass):
+class PageKvCache(PagingPass):
     """Attention over k and v becomes append_kv and paged_attention."""
 
     name = "page-kv-cache"
-    page_size: int
-    num_pages: int
-    pages_per_row: int
-    is_length_given: bool = False  # kv_lens is an input of the graph (a spliced draft) instead of state
 
     def requires(self, module: fx.GraphModule) -> Iterable[str]:
-        if "fake_mode" not in module.meta:
-            yield "shapes must be static"
+        yield from super().requires(module)
         for node in calls(module, attention):
             if argument(node, "indices") is not None:
                 yield f"%{node.name} attends to selected keys, which only latents are paged for"
@@ -51,15 +46,13 @@ class PageKvCache(Pass):
             q, k, v = (operand(node, index) for index in range(3))
             batch = q.meta["val"].shape[0]
             builder = Builder(module, node, node.meta.get("module", ""))
-            page_table = builder.state("page_table", (batch, self.pages_per_row), torch.int32)
-            kv_lens = builder.slot(Slot("input" if self.is_length_given else "state", "kv_lens", (batch,), torch.int32))
+            page_table, kv_lens = self.addresses(builder, batch)
             if (k, v) not in shared:
                 index = first + len(shared)
                 pages = []
                 for letter, source in (("k", k), ("v", v)):
                     value = source.meta["val"]
-                    size = (self.num_pages, self.page_size, value.shape[1], value.shape[3])
-                    pages.append(builder.state(f"{letter}_pages.{index}", size, value.dtype))
+                    pages.append(self.pages(builder, f"{letter}_pages.{index}", (value.shape[1], value.shape[3]), value.dtype))
                 rows = [builder.call(aten.transpose.int, source, 1, 2) for source in (k, v)]
                 builder.call(append_kv, *rows, *pages, page_table, kv_lens)
                 shared[k, v] = (pages[0], pages[1])

@@ -34,8 +34,8 @@ from torch import fx
 
 from autospec.ir.build import Builder
 from autospec.ir.match import argument, aten, calls, operand
-from autospec.ir.passes import Notes, Pass
-from autospec.ir.slots import Slot
+from autospec.ir.paging import PagingPass
+from autospec.ir.passes import Notes
 from autospec.kernels.append_latent import append_latent
 from autospec.kernels.expand_latent import expand_latent
 from autospec.kernels.latent_attention import latent_attention
@@ -48,19 +48,14 @@ MOST_EXPANDED = 2 << 30  # bytes of one layer's keys and values
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageLatentCache(Pass):
+class PageLatentCache(PagingPass):
     """Latent attention becomes append_latent, and paged_mla between two projections or attention over what it expands."""
 
     name = "page-latent-cache"
-    page_size: int
-    num_pages: int
-    pages_per_row: int
-    is_length_given: bool = False  # kv_lens is an input of the graph (a spliced draft) instead of state
     reads_prompt: bool = False  # keys and values may be expanded
 
     def requires(self, module: fx.GraphModule) -> Iterable[str]:
-        if "fake_mode" not in module.meta:
-            yield "shapes must be static"
+        yield from super().requires(module)
         for node in calls(module, select_keys):
             yield f"%{node.name} selects positions, not slots: run page-index-cache first"
 
@@ -72,12 +67,10 @@ class PageLatentCache(Pass):
             latent, k_rope = operand(node, 2), operand(node, 3)
             batch = latent.meta["val"].shape[0]
             builder = Builder(module, node, node.meta.get("module", ""))
-            page_table = builder.state("page_table", (batch, self.pages_per_row), torch.int32)
-            kv_lens = builder.slot(Slot("input" if self.is_length_given else "state", "kv_lens", (batch,), torch.int32))
+            page_table, kv_lens = self.addresses(builder, batch)
             if (latent, k_rope) not in shared:
                 width = latent.meta["val"].shape[2] + k_rope.meta["val"].shape[2]
-                size = (self.num_pages, self.page_size, width)
-                pages = builder.state(f"latent_pages.{len(shared)}", size, latent.meta["val"].dtype)
+                pages = self.pages(builder, f"latent_pages.{len(shared)}", (width,), latent.meta["val"].dtype)
                 builder.call(append_latent, latent, k_rope, pages, page_table, kv_lens)
                 shared[latent, k_rope] = pages
             pages = shared[latent, k_rope]

@@ -63,7 +63,10 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
     return found
 
 
-@pytest.mark.parametrize(("drafter", "sampling"), PAIRS, ids=[drafter for drafter, _ in PAIRS])
+NARROWED = [pair for pair in PAIRS if pair[0] in ("auto", "small dynamic", "eagle", "medusa static")]
+
+
+@pytest.mark.parametrize(("drafter", "sampling"), NARROWED, ids=[drafter for drafter, _ in NARROWED])
 def test_the_last_rows_go_on_in_a_narrower_program(
     workshop: Workshop, drafter: str, sampling: SamplingParams, taken: list[tuple[int, list[int]]]
 ) -> None:
@@ -83,18 +86,22 @@ FORGOTTEN = [*(("take", name) for name in ("kv_lens", "draft_tokens", "tokens", 
 
 
 @pytest.mark.parametrize(("way", "name"), FORGOTTEN)
-def test_a_narrower_program_that_forgets_some_state_is_caught(monkeypatch: pytest.MonkeyPatch, way: str, name: str) -> None:
+def test_a_narrower_program_that_forgets_some_state_is_caught(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, way: str, name: str
+) -> None:
     move = getattr(Narrow, way)
 
     def bug(narrow: Narrow, *rows: list[int]) -> None:
-        state = narrow.row_state if way == "take" else narrow.batch_state
-        before = state[name].clone()
+        before = narrow.batch_state[name].clone()
         move(narrow, *rows)
-        state[name].copy_(before)
+        if way == "take":
+            narrow.row_state[name].zero_()
+        else:
+            narrow.batch_state[name].copy_(before)
 
     monkeypatch.setattr(Narrow, way, bug)
     with pytest.raises(AssertionError):
-        laws.twin_is_accepted_in_every_row(Workshop(), 1, True, (1, 2))
+        laws.twin_is_accepted_in_every_row(workshop, 1, True, (1, 2))
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])

@@ -27,7 +27,7 @@ lint: env
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n $(shell nproc 2>/dev/null || echo 2) --dist loadgroup
+	$(BIN)/python -m pytest -n $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2) --dist loadgroup
 
 zoo: env
 	$(BIN)/autospec zoo

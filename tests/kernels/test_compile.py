@@ -201,7 +201,7 @@ DSA: dict[str, tuple[str, Any]] = {
         "dsa_indexer_logits", torch.zeros(2, 4, 16, 128), torch.zeros(2, 4, 16), torch.zeros(9, 16, 128), ints(2, 64), ints(2),
         ints(2), 0.1, 0)),
     "selection": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, None, None)),
-    "selection, short": ("select_row", lambda: ("dsa_topk", torch.zeros(2, 4, 16384), ints(2), 2048, None, None)),
+    "selection, short": ("select_row", lambda: ("dsa_topk", torch.zeros(2, 4, 4096), ints(2), 2048, None, None)),
     "selection, tree": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, ints(2), ints(2, 40, 2))),
     "sparse attention": ("combine_splits", lambda: (
         "paged_sparse_mla", torch.zeros(1, 1, 128, 512).bfloat16(), torch.zeros(1, 1, 128, 64).bfloat16(),

@@ -148,7 +148,8 @@ class Tile:
 def choose_tile(rows: int, outputs: int, inputs: int, is_gated: bool, is_scaled: bool) -> Tile:
     """The best of a sweep of about 30 tiles per layer on an H100 80GB SXM, Llama-3.1-8B, triton 3.6, 2026-11-21.
 
-    Not so for float8, whose tile was not timed: 32 outputs make 1188 lines of PTX, 64 make 2283 (triton 3.9, sm_90).
+    Not so for float8, whose tile was not swept: with it a chain's step takes 7.30 ms where bfloat16 takes 7.70 (BENCHMARKS.md); 32
+    outputs make 1188 lines of PTX, 64 make 2283 (triton 3.9, sm_90).
     """
     wide, stages, warps = (128, 4, 8) if is_gated else (256, 4, 4) if rows <= 16 else (128, 6, 4)
     while inputs % wide:

@@ -31,7 +31,8 @@ def test_a_fork_is_where_tokens_part_and_says_how_close_they_were() -> None:
     assert (fork.prompt, fork.position) == (0, 2)
     assert fork.gap == pytest.approx(float(logits[2][one[2]] - logits[2][second]), abs=1e-5)
     assert fork.gap > 0
-    assert fork.resolution == pytest.approx(torch.finfo(torch.float32).eps * float(logits[2].abs().max()), rel=0.9)
+    larger = logits[2][[one[2], second]].abs().max()
+    assert fork.resolution == float(torch.nextafter(larger, torch.tensor(torch.inf)) - larger)
     assert "1 of 2 outputs differ from plain decoding's; 8 of 12 tokens come before" in found.text()
     assert "prompt 0, token 2" in found.text()
 

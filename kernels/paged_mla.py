@@ -91,10 +91,9 @@ class Tile:
 
 
 # Rows of all requests (node, head) from which a tile serves -> the tile; its splits are the most that it may have.
-# Latent rows of up to 1024 bytes, and wider ones. The best at most shapes of a sweep of 363 tiles of the
-# version before, and sized: a 64 x 512 float32 accumulator takes 128 registers
-# of each of 256 threads; queries, two stages of 64 bfloat16 rows of 576 and the probabilities take 224 of 227 KB of shared
-# memory (triton 3.6: nothing is spilled).
+# Latent rows of up to 1024 bytes, and wider ones. The best at most shapes of a sweep of 363 tiles of the version before, and
+# sized: a 64 x 512 float32 accumulator takes 128 registers of each of 256 threads; queries, two stages of 64 bfloat16 rows of
+# 576 and the probabilities take 224 of 227 KB of shared memory (triton 3.6: nothing is spilled).
 TILES = {0: Tile(64, 64, 64, 8, 2)}
 WIDE_TILES = {0: Tile(16, 16, 64, 4, 2)}
 

@@ -111,7 +111,8 @@ def _self_contained_compiler() -> Path:
     """The C++ compiler with a linker that binds a library's symbols to itself; Inductor has no option for that.
 
     A package holds std::regex as its compiler makes it, and a process may hold another compiler's: on Ubuntu 24.04 (g++ 13.3,
-    torch 2.11+cu130) each package crashed while it was loaded, one that adds two tensors as well. Whether this cures it there has not been seen.
+    torch 2.11+cu130) each package crashed while it was loaded, one that adds two tensors as well. Whether this cures it
+    there has not been seen.
     """
     compiler = get_cpp_compiler()
     text = f'#!/bin/sh\ncase " $* " in *" -shared "*) set -- "$@" -Wl,-Bsymbolic ;; esac\nexec {shlex.quote(compiler)} "$@"\n'

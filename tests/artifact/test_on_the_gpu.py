@@ -3,45 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from harness.artifacts import FAMILIES, KINDS, OPTIONS, PROMPTS, demo, family, same_elsewhere
 from harness.models import tiny
 
 import autospec
+from autospec.api import OptimizedModel
 from autospec.errors import ArtifactError
 
 pytestmark = [pytest.mark.cuda, pytest.mark.compiled]
-PROMPTS = [[5, 9, 2, 44, 5, 9, 2], [17, 3, 17, 3, 17]]
-OPTIONS: tuple[dict[str, Any], ...] = (
-    {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0},
-    {"do_sample": True, "temperature": 0.9, "top_k": 0, "seed": 7, "max_new_tokens": 24, "pad_token_id": 0},
-)
 
 
-@pytest.fixture(scope="module")
-def exported(cuda: torch.device, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
-    """An artifact with packages, and the tokens of the process that wrote it."""
-    model = tiny("llama", seed=3).to(cuda)
+def test_portable_graphs_in_a_fresh_process(cuda: torch.device, tmp_path: Path) -> None:
+    """The bundled model with three drafters, and four families."""
+    device = cuda.type
+    models = [*(demo(kind, device) for kind in KINDS), *(family(name, device) for name in FAMILIES)]
+    same_elsewhere(tmp_path, models, max_length=64)
+
+
+def drafted(device: str) -> OptimizedModel:
+    """A tiny model that is its own draft model, with a dynamic tree."""
+    model = tiny("llama", seed=3).to(device)
     speculation = autospec.DraftTargetConfig(model, dynamic_tree_max_topk=2, max_draft_len=2, max_total_draft_tokens=4)
-    fast = autospec.optimize(model, speculation, max_length=64)
-    expected = [fast.generate(PROMPTS, **options) for options in OPTIONS]
-    folder = tmp_path_factory.mktemp("gpu") / "made"
-    return fast.save(folder, batch_sizes=(2,), sampling=True, compile="aot"), expected
+    return autospec.optimize(model, speculation, max_length=64, compile="eager")
 
 
-@pytest.mark.parametrize("how", ["aot", "inductor", "eager"])
-def test_tokens_are_the_same(exported: tuple[Path, list[torch.Tensor]], how: str) -> None:
-    folder, expected = exported
-    saved = autospec.load(folder, compile=how)
-    for options, tokens in zip(OPTIONS, expected, strict=True):
-        assert torch.equal(saved.generate(PROMPTS, **options), tokens), options
-
-
-def test_the_packages_stay_on_the_gpu(exported: tuple[Path, list[torch.Tensor]]) -> None:
-    folder, expected = exported
+@pytest.mark.parametrize("kind", ["draft", "eagle3"])
+def test_packages_in_a_fresh_process(cuda: torch.device, kind: str, tmp_path: Path) -> None:
+    """Steps of packages, prompts and sampling included; then the same artifact where its packages cannot run."""
+    fast = drafted(cuda.type) if kind == "draft" else demo("eagle3", cuda.type)
+    same_elsewhere(tmp_path, [fast], "aot", batch_sizes=(3,), compile="aot")
     with pytest.raises(ArtifactError, match="the packages are for cuda, not for cpu"):
-        autospec.load(folder, device="cpu")
-    saved = autospec.load(folder, device="cpu", compile="eager")
-    assert torch.equal(saved.generate(PROMPTS, **OPTIONS[0]), expected[0])
+        autospec.load(tmp_path / "0", device="cpu")
+    saved = autospec.load(tmp_path / "0", device="cpu", compile="eager")
+    options = {"max_new_tokens": 12, "pad_token_id": 0, **OPTIONS[0]}
+    assert torch.equal(saved.generate(PROMPTS, **options), fast.generate(PROMPTS, **options).cpu())

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness.artifacts import demo, family, tiny_optimized
+from harness.artifacts import FAMILIES, KINDS, OPTIONS, PROMPTS, demo, family, same_elsewhere, tiny_optimized
 from harness.models import captured
 
 import autospec
@@ -20,32 +18,6 @@ from autospec.artifact.weights import FILE
 from autospec.errors import ArtifactError, CapacityError, OptionError
 from autospec.loaded import LoadedModel
 from autospec.runtime.artifact import StoredProgram
-
-PROMPTS = [[5, 9, 2, 44, 5, 9, 2], [17, 3, 17, 3, 17], [8]]
-OPTIONS: tuple[dict[str, Any], ...] = (
-    {"do_sample": False},
-    {"do_sample": True, "temperature": 0.9, "top_k": 0, "seed": 7},
-)
-# What a user's machine runs: no test code, no transformers.
-SCRIPT = """
-import json, sys
-import autospec
-found = []
-for folder, prompts, options in json.loads(sys.stdin.read()):
-    fast = autospec.load(folder, compile="eager")
-    found.append([fast.generate(prompts, **one).tolist() for one in options])
-loaded = [name for name in sys.modules if name.startswith(("transformers", "autospec."))]
-print(json.dumps([found, loaded]))
-"""
-
-
-def elsewhere(*asked: tuple[Path, list[list[int]], list[dict[str, Any]]]) -> tuple[list[Any], list[str]]:
-    """Tokens of artifacts in a fresh process, and what that process has imported."""
-    given = json.dumps([[str(folder), prompts, options] for folder, prompts, options in asked])
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], input=given, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found, loaded = json.loads(ran.stdout.splitlines()[-1])
-    return found, loaded
 
 
 @pytest.mark.parametrize("drafter", ["auto", "medusa static"])
@@ -61,20 +33,8 @@ def test_every_kind_of_drafter_comes_back(drafter: str, written: Callable[[str],
 
 @pytest.mark.xdist_group("demo artifacts")
 def test_a_fresh_process_needs_no_transformers(tmp_path: Path) -> None:
-    """The bundled model with three drafters, which give the same tokens, and four families; all in one process."""
-    options = [{"max_new_tokens": 12, "pad_token_id": 0, **one} for one in OPTIONS]
-    made, expected = [], []
-    models = [demo("ngram"), *map(family, ("llama", "gemma3_text", "mixtral", "gpt2")), demo("draft"), demo("eagle3")]
-    for number, fast in enumerate(models):
-        folder = fast.save(tmp_path / str(number), max_length=64, sampling=True)
-        made.append((folder, PROMPTS, options))
-        told = expected[0] if number > 4 else [fast.generate(PROMPTS, **one).tolist() for one in options]
-        expected.append(told)
-    got, loaded = elsewhere(*made)
-    for (folder, _, _), tokens, wanted in zip(made, got, expected, strict=True):
-        assert tokens == wanted, folder
-    banned = ("transformers", "autospec.capture", "autospec.legality", "autospec.loading", "autospec.heads", "autospec.frontend")
-    assert not [name for name in loaded if name.startswith(banned)]
+    """The bundled model with three drafters, and four families; all in one process."""
+    same_elsewhere(tmp_path, [*map(demo, KINDS), *map(family, FAMILIES)], max_length=64)
 
 
 def test_weights_are_stored_once(written: Callable[[str], Path]) -> None:

@@ -84,11 +84,10 @@ def test_a_step_does_not_wait(cuda: torch.device, kind: str, tree: str, compile:
     torch.cuda.synchronize()
     if compile == "inductor":
         others = torch.randint(1, 64, (2, 6), generator=torch.Generator().manual_seed(1)).to(cuda)
-        launches = sum(fast.metrics.steps.values())
         with nothing_new(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as told:
             fast.generate(others, **options)
         replays = sum(event.count for event in told.key_averages() if event.key == "cudaGraphLaunch")
-        assert replays > sum(fast.metrics.steps.values()) - launches > 0, "every step, and a chunk of the prompt, is a replay"
+        assert replays > sum(fast.metrics.steps.values()) > 0, "every step, and a chunk of the prompt, is a replay"
 
 
 def test_what_is_new_is_noticed() -> None:

@@ -38,6 +38,8 @@ def _not_for_flashinfer(args: Mapping[str, Any]) -> str | None:
         return "the pages are not contiguous"
     if args["tree_mask"] is not None:
         return "it masks causally and takes no tree mask"
+    if args["sinks"] is not None:
+        return "sinks are not handed to it"
     return None
 
 
@@ -129,7 +131,7 @@ def attend_planned(backend: str, *args: Any) -> Tensor:
 @paged_mla.implementation("flashinfer_fa3", why_not=why_not_fa3)
 def paged_mla_fa3(
     q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
-    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0,
+    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0, sinks: Tensor | None = None,
 ) -> Tensor:
     """kv_lens [B] is on the host."""
     return attend_planned("fa3", q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale)
@@ -138,7 +140,7 @@ def paged_mla_fa3(
 @paged_mla.implementation("flashinfer_fa2", why_not=why_not_fa2)
 def paged_mla_fa2(
     q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
-    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0,
+    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0, sinks: Tensor | None = None,
 ) -> Tensor:
     """kv_lens [B] is on the host."""
     return attend_planned("fa2", q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale)
@@ -171,7 +173,7 @@ def _(q, latent_pages, page_table, lengths, kv_lora_rank, scale):
 @paged_mla.implementation("flashinfer_trtllm", why_not=why_not_trtllm)
 def paged_mla_trtllm(
     q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
-    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0,
+    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0, sinks: Tensor | None = None,
 ) -> Tensor:
     """The precompiled kernels of TensorRT-LLM."""
     out: Tensor = torch.ops.autospec_flashinfer.trtllm_mla(

@@ -2,7 +2,7 @@
 
 q_nope [B, H, S, qk_nope_head_dim], q_rope [B, H, S, qk_rope_head_dim]; latent [B, S, kv_lora_rank] (normed) and k_rope
 [B, S, qk_rope_head_dim] (rotated), both shared by all heads; w_uk [H, qk_nope_head_dim, kv_lora_rank] and
-w_uv [H, v_head_dim, kv_lora_rank] project the latent to a head's keys and values.
+w_uv [H, v_head_dim, kv_lora_rank] project the latent to a head's keys and values; sinks [H] as in attention.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def expand_latent(
 
 def _fake(
     q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float = 1.0,
-    indices: Tensor | None = None,
+    indices: Tensor | None = None, sinks: Tensor | None = None,
 ) -> Tensor:
     return q_nope.new_empty(q_nope.shape[0], q_nope.shape[2], q_nope.shape[1], w_uv.shape[1])
 
@@ -33,10 +33,11 @@ def _fake(
 @kernel_op(fake=_fake)
 def latent_attention(
     q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float = 1.0,
-    indices: Tensor | None = None,
+    indices: Tensor | None = None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention with keys cat(w_uk latent, k_rope) and values w_uv latent -> [B, S, H, v_head_dim].
 
     scale: 1 / (q_scaling sqrt(qk_nope_head_dim + qk_rope_head_dim)) in the checkpoints' terms; indices as in attention.
     """
-    return attention.reference(*expand_latent(q_nope, q_rope, latent, k_rope, w_uk, w_uv), scale=scale, indices=indices)
+    expanded = expand_latent(q_nope, q_rope, latent, k_rope, w_uk, w_uv)
+    return attention.reference(*expanded, sinks, scale, indices=indices)

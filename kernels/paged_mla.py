@@ -4,7 +4,7 @@ H heads of absorbed queries: q_latent [B, N, H, kv_lora_rank] (q_nope projected 
 [B, N, H, qk_rope_head_dim]; latent_pages [num_pages, P, kv_lora_rank + qk_rope_head_dim], rows written by append_latent:
 a row is the key of every head, its first kv_lora_rank elements are the value of every head. The result is still in latent
 space; the caller projects it by w_uv. page_table [B, max_pages] int32; kv_lens [B] int32, rows committed before this call;
-chains, trees and q_lens as in paged_attention. Windows and chunks do not exist here.
+chains, trees, q_lens and sinks [H] as in paged_attention. Windows and chunks do not exist here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from autospec.kernels.tree_tables import tree_tables
 @kernel_op()
 def paged_mla(
     q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
-    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0,
+    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0, sinks: Tensor | None = None,
 ) -> Tensor:
     """q_latent [B, N, H, kv_lora_rank], q_rope [B, N, H, qk_rope_head_dim] -> [B, N, H, kv_lora_rank] in q_latent's dtype.
 
@@ -60,7 +60,8 @@ def paged_mla(
     num_slots = page_table.shape[1] * latent_pages.shape[1]
     rows = latent_pages.index_select(0, page_table.reshape(-1)).reshape(batch, num_slots, 1, -1)
     visible = visible_slots(kv_lens, q_len, num_slots, 0, 0, tree_mask)
-    return attend(torch.cat([q_latent, q_rope], -1), rows, rows[..., :kv_lora_rank], visible, None, scale, 0.0, None, q_lens)
+    q = torch.cat([q_latent, q_rope], -1)
+    return attend(q, rows, rows[..., :kv_lora_rank], visible, sinks, scale, 0.0, None, q_lens)
 
 
 def why_not_triton(args: Mapping[str, Any]) -> str | None:
@@ -151,8 +152,16 @@ def fold_scores(b_s, b_c, b_top, b_sum, b_acc, factor):
 
 
 @jit
+def start_at_sinks(p_sinks, o_head, m_m, b_sum):
+    """b_top and b_sum of rows that saw their head's sink, for one of the splits: its weight is 1 and it gives nothing."""
+    b_top = tl.load(p_sinks + o_head, mask=m_m, other=0.0).to(tl.float32) * 1.4426950408889634  # log2(e)
+    b_sum += tl.where(tl.arange(0, b_sum.shape[1]) == 0, 1.0, 0.0)[None, :]
+    return tl.maximum(b_top, -1.0e30), b_sum
+
+
+@jit
 def attend_latents(
-    p_q, p_qe, p_pages, p_table, p_lens, p_q_lens, p_mask, p_out, p_lse,
+    p_q, p_qe, p_pages, p_table, p_lens, p_q_lens, p_mask, p_sinks, p_out, p_lse,
     stride_qb, stride_qn, stride_qh, stride_eb, stride_en, stride_eh, stride_tb, q_len, earlier, max_pages, scale,
     H: tl.constexpr, R: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WORDS: tl.constexpr, SPLITS: tl.constexpr,
     IS_WIDE: tl.constexpr, M: tl.constexpr, T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -193,6 +202,8 @@ def attend_latents(
     b_top = tl.full((M,), -1.0e30, tl.float32)
     b_sum = tl.zeros((M, T), tl.float32)
     b_acc = tl.zeros((M, BLOCK_R), tl.float32)
+    if p_sinks is not None and i_s == 0:
+        b_top, b_sum = start_at_sinks(p_sinks, o_head, m_m, b_sum)
     page_0, page_1, page_2, page_3 = block_pages(p_table, i_s, capacity, T, PAGE)
     for i_t in range(i_s, blocks, SPLITS):
         o_t = i_t * T + tl.arange(0, T)
@@ -216,7 +227,7 @@ def attend_latents(
 
 def attend_latent_pages(
     q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor, q_lens: Tensor | None,
-    tree_mask: Tensor | None, scale: float, tile: Tile,
+    tree_mask: Tensor | None, scale: float, sinks: Tensor | None, tile: Tile,
 ) -> Tensor:
     """Launch with a given tile; rows past q_lens become 0."""
     q, qe = rows_of(q_latent), rows_of(q_rope)
@@ -224,8 +235,8 @@ def attend_latent_pages(
     out = q.new_empty(q.shape)
     part, lse = split_buffers(out, tile.splits)
     wrap_triton(attend_latents, waits=True)[((q_len * heads + tile.rows - 1) // tile.rows * tile.splits, batch)](
-        q, qe, latent_pages, page_table, kv_lens, q_lens, None if tree_mask is None else tree_mask.contiguous(), part, lse,
-        q.stride(0), q.stride(1), q.stride(2), qe.stride(0), qe.stride(1), qe.stride(2), page_table.stride(0),
+        q, qe, latent_pages, page_table, kv_lens, q_lens, None if tree_mask is None else tree_mask.contiguous(), sinks,
+        part, lse, q.stride(0), q.stride(1), q.stride(2), qe.stride(0), qe.stride(1), qe.stride(2), page_table.stride(0),
         q_len, 0 if tree_mask is None else tree_mask.shape[1] - q_len, page_table.shape[1], scale,
         H=heads, R=kv_lora_rank, E=qe.shape[3], PAGE=latent_pages.shape[1],
         WORDS=1 if tree_mask is None else tree_mask.shape[2], SPLITS=tile.splits,
@@ -240,11 +251,11 @@ def attend_latent_pages(
 @paged_mla.implementation("triton", why_not=why_not_triton, waits=True)
 def paged_mla_triton(
     q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
-    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0,
+    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0, sinks: Tensor | None = None,
 ) -> Tensor:
     """Flash attention over the latent pages: a block is read once and serves as keys and values of all heads."""
     tile = choose_tile(q_latent, latent_pages, page_table)
-    return attend_latent_pages(q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale, tile)
+    return attend_latent_pages(q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale, sinks, tile)
 
 
 def as_attention(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,7 +264,7 @@ def as_attention(args: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "q": torch.cat([args["q_latent"], args["q_rope"]], -1), "k_pages": pages,
         "v_pages": pages[..., : args["q_latent"].shape[3]],
-        **{name: args[name] for name in ("page_table", "kv_lens", "q_lens", "tree_mask", "scale")},
+        **{name: args[name] for name in ("page_table", "kv_lens", "q_lens", "tree_mask", "sinks", "scale")},
     }  # fmt: skip
 
 
@@ -265,10 +276,10 @@ def why_not_cpu(args: Mapping[str, Any]) -> str | None:
 @paged_mla.implementation("cpu", why_not=why_not_cpu)
 def paged_mla_cpu(
     q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
-    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0,
+    q_lens: Tensor | None = None, tree_mask: Tensor | None = None, scale: float = 1.0, sinks: Tensor | None = None,
 ) -> Tensor:
     """Paged attention in C++ over one K/V head."""
-    args = paged_mla.bind((q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale), {})
+    args = paged_mla.bind((q_latent, q_rope, latent_pages, page_table, kv_lens, q_lens, tree_mask, scale, sinks), {})
     out: Tensor = torch.ops.autospec_cpu.paged_attention(**as_attention(args))
     return out
 
@@ -278,7 +289,7 @@ def sample(args: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any
     """As paged_attention's."""
     floats = {
         name: torch.empty(args[name].shape, dtype=args[name].dtype, device=generator.device).normal_(generator=generator)
-        for name in ("q_latent", "q_rope", "latent_pages")
+        for name in ("q_latent", "q_rope", "latent_pages", "sinks") if args[name] is not None
     }
     return {**args, **floats, **sample_places(args, args["q_latent"].shape[1], args["latent_pages"], generator)}
 

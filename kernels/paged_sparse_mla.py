@@ -2,7 +2,7 @@
 
 q_latent [B, N, H, kv_lora_rank], q_rope [B, N, H, qk_rope_head_dim] and latent_pages as in paged_mla; page_table
 [B, max_pages] int32; indices [B, N, K] int32, slots of the request, each at most once, in any order, -1 where there is none.
-What a node may see is decided by whoever selected: this op knows no lengths and no tree.
+What a node may see is decided by whoever selected: this op knows no lengths and no tree. sinks [H] as in paged_attention.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ from autospec.kernels.launch import (
     wrap_triton,
 )
 from autospec.kernels.paged_attention import load_rows
-from autospec.kernels.paged_mla import Tile, fold_scores, paged_mla_triton, pick_tile, random_case, score_latents
+from autospec.kernels.paged_mla import (
+    Tile,
+    fold_scores,
+    paged_mla_triton,
+    pick_tile,
+    random_case,
+    score_latents,
+    start_at_sinks,
+)
 from autospec.kernels.paged_mla import why_not_triton as why_not_triton_mla
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.splits import combine, split_buffers, store_share
@@ -40,7 +48,8 @@ from autospec.kernels.timing import Measurement, measure
 
 @kernel_op()
 def paged_sparse_mla(
-    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, indices: Tensor, scale: float = 1.0
+    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, indices: Tensor, scale: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """q_latent [B, N, H, kv_lora_rank], q_rope [B, N, H, rope] -> [B, N, H, kv_lora_rank] in q_latent's dtype.
 
@@ -53,7 +62,7 @@ def paged_sparse_mla(
     rows = latent_pages[pages, slots % page_size].reshape(batch * q_len, -1, 1, latent_pages.shape[2])
     q = torch.cat([q_latent, q_rope], -1).reshape(batch * q_len, 1, heads, -1)
     is_there = (indices >= 0).reshape(batch * q_len, 1, -1)
-    out = attend(q, rows, rows[..., :kv_lora_rank], is_there, None, scale, 0.0)
+    out = attend(q, rows, rows[..., :kv_lora_rank], is_there, sinks, scale, 0.0)
     return torch.where(is_there.any(-1)[:, :, None, None], out, 0.0).reshape(q_latent.shape)
 
 
@@ -81,8 +90,8 @@ def choose_tile(q_latent: Tensor, indices: Tensor) -> Tile:
 
 @jit
 def attend_selected(
-    p_q, p_qe, p_pages, p_table, p_indices, p_out, p_lse, stride_qb, stride_qn, stride_qh, stride_eb, stride_en,
-    stride_eh, stride_tb, stride_ib, stride_in, q_len, scale,
+    p_q, p_qe, p_pages, p_table, p_indices, p_sinks, p_out, p_lse, stride_qb, stride_qn, stride_qh, stride_eb,
+    stride_en, stride_eh, stride_tb, stride_ib, stride_in, q_len, scale,
     H: tl.constexpr, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
     IS_WIDE: tl.constexpr, M: tl.constexpr, T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
     WAITS: tl.constexpr,
@@ -106,6 +115,8 @@ def attend_selected(
     b_top = tl.full((M,), -1.0e30, tl.float32)
     b_sum = tl.zeros((M, T), tl.float32)
     b_acc = tl.zeros((M, BLOCK_R), tl.float32)
+    if p_sinks is not None and i_s == 0:
+        b_top, b_sum = start_at_sinks(p_sinks, o_m, m_m, b_sum)
     for i_t in range(i_s * T, K, SPLITS * T):  # the splits take turns: what is selected stands in front
         o_t = i_t + tl.arange(0, T)
         b_slot = tl.load(p_indices + o_t, mask=o_t < K, other=-1)
@@ -126,7 +137,8 @@ def attend_selected(
 
 
 def attend_indices(
-    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, indices: Tensor, scale: float, tile: Tile
+    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, indices: Tensor, scale: float,
+    sinks: Tensor | None, tile: Tile,
 ) -> Tensor:
     """Launch with a given tile."""
     q, qe, indices = rows_of(q_latent), rows_of(q_rope), rows_of(indices)
@@ -134,8 +146,8 @@ def attend_indices(
     out = q.new_empty(q.shape)
     part, lse = split_buffers(out, tile.splits)
     wrap_triton(attend_selected, waits=True)[((heads + tile.rows - 1) // tile.rows * tile.splits, q_len, batch)](
-        q, qe, latent_pages, page_table, indices, part, lse, q.stride(0), q.stride(1), q.stride(2), qe.stride(0),
-        qe.stride(1), qe.stride(2), page_table.stride(0), indices.stride(0), indices.stride(1), q_len, scale,
+        q, qe, latent_pages, page_table, indices, sinks, part, lse, q.stride(0), q.stride(1), q.stride(2),
+        qe.stride(0), qe.stride(1), qe.stride(2), page_table.stride(0), indices.stride(0), indices.stride(1), q_len, scale,
         H=heads, R=kv_lora_rank, E=qe.shape[3], K=indices.shape[2], PAGE=latent_pages.shape[1], SPLITS=tile.splits,
         IS_WIDE=latent_pages.numel() >= 2**31, M=tile.rows, T=tile.slots,
         BLOCK_R=max(power_of_2(kv_lora_rank), 16), BLOCK_E=max(power_of_2(qe.shape[3]), 16),
@@ -147,11 +159,12 @@ def attend_indices(
 
 @paged_sparse_mla.implementation("triton", why_not=why_not_triton, waits=True)
 def paged_sparse_mla_triton(
-    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, indices: Tensor, scale: float = 1.0
+    q_latent: Tensor, q_rope: Tensor, latent_pages: Tensor, page_table: Tensor, indices: Tensor, scale: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Flash attention over gathered latent rows: each serves as key and value of all heads of a tile."""
     tile = choose_tile(q_latent, indices)
-    return attend_indices(q_latent, q_rope, latent_pages, page_table, indices, scale, tile)
+    return attend_indices(q_latent, q_rope, latent_pages, page_table, indices, scale, sinks, tile)
 
 
 def bench(device: torch.device) -> Iterator[Measurement]:

@@ -112,11 +112,11 @@ def _absorbed(builder: Builder, node: fx.Node, pages: fx.Node, page_table: fx.No
     q_nope, q_rope, _, _, w_uk, w_uv = (operand(node, index) for index in range(6))
     q_latent = _by_head(builder, builder.call(aten.permute.default, q_nope, [1, 0, 2, 3]), w_uk)
     q_rope = builder.call(aten.transpose.int, q_rope, 1, 2)
-    indices, scale = argument(node, "indices"), argument(node, "scale")
+    indices, options = argument(node, "indices"), {name: argument(node, name) for name in ("scale", "sinks")}
     if indices is None:
-        mixed = builder.call(paged_mla, q_latent, q_rope, pages, page_table, kv_lens, scale=scale)
+        mixed = builder.call(paged_mla, q_latent, q_rope, pages, page_table, kv_lens, **options)
     else:
-        mixed = builder.call(paged_sparse_mla, q_latent, q_rope, pages, page_table, indices, scale=scale)
+        mixed = builder.call(paged_sparse_mla, q_latent, q_rope, pages, page_table, indices, **options)
     _keep_place(mixed, node)
     w_uv = builder.call(aten.transpose.int, w_uv, 1, 2)
     out = _by_head(builder, builder.call(aten.permute.default, mixed, [2, 0, 1, 3]), w_uv)
@@ -128,7 +128,9 @@ def _expanded(builder: Builder, node: fx.Node, pages: fx.Node, page_table: fx.No
     q_nope, q_rope, _, _, w_uk, w_uv = (operand(node, index) for index in range(6))
     expanded = builder.calls(expand_latent, pages, page_table, kv_lens, w_uk, w_uv, q_nope.meta["val"].shape[2])
     q = builder.call(aten.transpose.int, builder.call(aten.cat.default, [q_nope, q_rope], -1), 1, 2)
-    out = builder.call(paged_attention, q, *expanded, kv_lens, scale=argument(node, "scale"))
+    out = builder.call(
+        paged_attention, q, *expanded, kv_lens, sinks=argument(node, "sinks"), scale=argument(node, "scale")
+    )
     _keep_place(out, node)
     return out
 

@@ -8,8 +8,9 @@
 Legal: the new op's reference is that same projection, concatenation and attention. Elements are followed one by one
 through views, splits and copies (autospec.ir.origins) at two sizes: every element of K and V must be a row of the
 projection of its own token, or an element of the part that all heads share. How the model spells the movement, and what
-normed or rotated the latent and the shared part before, does not matter. Keys that an indexer selects stay selected.
-Gives up on: windows, chunks, sinks, softcaps and position biases, projections with a bias or whose result something else
+normed or rotated the latent and the shared part before, does not matter. Keys that an indexer selects stay selected,
+and sinks stay sinks.
+Gives up on: windows, chunks, softcaps and position biases, projections with a bias or whose result something else
 reads, rows that are not grouped by head, heads that share keys, and a latent that is no narrower than keys and values.
 """
 
@@ -28,7 +29,7 @@ from autospec.ir.sizes import Evaluator
 from autospec.kernels.attention import attention
 from autospec.kernels.latent_attention import latent_attention
 
-_OPTIONS = (("window", "a window of {}"), ("chunk", "chunks of {}"), ("softcap", "a softcap of {}"), ("sinks", "sinks"),
+_OPTIONS = (("window", "a window of {}"), ("chunk", "chunks of {}"), ("softcap", "a softcap of {}"),
             ("alibi_slopes", "ALiBi slopes"))  # fmt: skip
 _SIZES = ((2, 3), (3, 5))  # batch and length at which elements are followed
 
@@ -207,9 +208,10 @@ def _rewrite(module: fx.GraphModule, node: fx.Node, site: Site) -> None:
     q_parts = _halves(q, nope) or [
         emit(aten.slice.Tensor, q, 3, first, last) for first, last in ((0, nope), (nope, q.meta["val"].shape[3]))
     ]
+    options = {name: argument(node, name) for name in ("indices", "sinks") if argument(node, name) is not None}
     made = emit(
         latent_attention.op, *q_parts, rows(site.latent), rows(site.k_rope), weight(site.keys), weight(site.values),
-        scale=argument(node, "scale"), **({} if argument(node, "indices") is None else {"indices": argument(node, "indices")}),
+        scale=argument(node, "scale"), **options,
     )  # fmt: skip
     node.replace_all_uses_with(made)
     module.graph.erase_node(node)

@@ -20,8 +20,8 @@ from autospec.passes.recognize_mla import RecognizeMla
 SPELLINGS = [concatenated, written, broadcast, two_projections]
 
 
-def check_meaning(spell, dims):
-    module, weights = latent_graph(spell, dims, num_layers=2)
+def check_meaning(spell, dims, options=None):
+    module, weights = latent_graph(spell, dims, options, num_layers=2)
     inputs = [torch.randint(0, VOCAB, shape) for shape in ((1, 1), (1, 4), (3, 7))]
     places = [torch.arange(ids.shape[1]).expand_as(ids) for ids in inputs]
     before = [run_captured(module, weights, *pair) for pair in zip(inputs, places, strict=True)]
@@ -42,6 +42,10 @@ def check_meaning(spell, dims):
 @pytest.mark.parametrize("spell", SPELLINGS, ids=lambda spell: spell.__name__)
 def test_meaning(spell):
     check_meaning(spell, Dims())
+
+
+def test_sinks_stay_sinks():
+    check_meaning(concatenated, Dims(), {"sinks": torch.tensor([-1.0, 0.5, 2.0])})
 
 
 @settings(max_examples=8)

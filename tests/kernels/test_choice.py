@@ -217,7 +217,8 @@ def test_inputs_of_attention_are_realistic(batch, q_len, before, is_tree, words,
     q, rows = torch.zeros(batch, q_len, 4, 8), torch.zeros(1 + batch * pages, 16, 2, 8)
     op, args = paged_attention, paged_attention.bind((q, rows, rows[..., :6], *places, torch.zeros(4), 0.3), {})
     if is_latent:
-        op, args = paged_mla, paged_mla.bind((q, q[..., :3], rows[:, :, 0, :1].expand(-1, -1, 11), *places, 0.3), {})
+        latent_pages = rows[:, :, 0, :1].expand(-1, -1, 11)
+        op, args = paged_mla, paged_mla.bind((q, q[..., :3], latent_pages, *places, 0.3, torch.zeros(4)), {})
     made = op.sample(args, torch.Generator().manual_seed(0))
     for name, value in args.items():
         assert type(made[name]) is type(value)

@@ -159,7 +159,7 @@ def test_paged_attention_compiles(monkeypatch, name):
 
 
 LATENT: dict[str, dict[str, Any]] = {
-    "chain": {}, "tree": {"q_len": 32, "has_tree": True}, "256 + 32, page 16": {"rank": 256, "rope": 32, "page": 16},
+    "chain": {}, "tree, sinks": {"q_len": 32, "has_tree": True}, "256 + 32, page 16": {"rank": 256, "rope": 32, "page": 16},
     "float32": {"dtype": torch.float32},
 }
 
@@ -174,7 +174,7 @@ def test_paged_mla_compiles(monkeypatch, name):
         monkeypatch, "paged_mla", "paged_mla_triton",
         torch.zeros(batch, q_len, 128, rank, dtype=dtype), torch.zeros(batch, q_len, 128, rope, dtype=dtype),
         torch.zeros(3, case["page"], rank + rope, dtype=dtype), ints(batch, 64), ints(batch), None,
-        ints(batch, q_len, 1) if case["has_tree"] else None, 0.1,
+        ints(batch, q_len, 1) if case["has_tree"] else None, 0.1, torch.zeros(128) if case["has_tree"] else None,
     )
     assert kernels[0][0] == "attend_latents"
     if (rank, dtype) == (512, torch.bfloat16):
@@ -205,7 +205,7 @@ DSA: dict[str, tuple[str, Any]] = {
     "selection, tree": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, ints(2), ints(2, 40, 2))),
     "sparse attention": ("combine_splits", lambda: (
         "paged_sparse_mla", torch.zeros(1, 1, 128, 512).bfloat16(), torch.zeros(1, 1, 128, 64).bfloat16(),
-        torch.zeros(9, 64, 576).bfloat16(), ints(1, 64), ints(1, 1, 2048), 0.1)),
+        torch.zeros(9, 64, 576).bfloat16(), ints(1, 64), ints(1, 1, 2048), 0.1, torch.zeros(128))),
     "sparse attention, float32": ("attend_selected", lambda: (
         "paged_sparse_mla", torch.zeros(2, 4, 128, 512), torch.zeros(2, 4, 128, 64), torch.zeros(9, 64, 576), ints(2, 64),
         ints(2, 4, 2048), 0.1)),

@@ -32,7 +32,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def spec(**changes: Any) -> dict[str, Any]:
     """Arguments of DeepSeek-V3's shape with a chain of 4, as FakeTensors on a GPU; sizes can be changed."""
     sizes = {"nodes": 4, "heads": 128, "rank": 512, "rope": 64, "page": 64, "dtype": torch.bfloat16, "device": "cuda",
-             "lens_device": "cpu", "tree": False} | changes
+             "lens_device": "cpu", "tree": False, "sinks": False} | changes
     nodes, device, dtype, heads = sizes["nodes"], sizes["device"], sizes["dtype"], sizes["heads"]
     with FakeTensorMode():
         return paged_mla.bind((), {
@@ -42,6 +42,7 @@ def spec(**changes: Any) -> dict[str, Any]:
             "page_table": torch.empty(2, 4, dtype=torch.int32, device=device),
             "kv_lens": torch.empty(2, dtype=torch.int32, device=sizes["lens_device"]),
             "tree_mask": torch.empty(2, nodes, 1, dtype=torch.int32, device=device) if sizes["tree"] else None,
+            "sinks": torch.empty(heads, device=device) if sizes["sinks"] else None,
         })  # fmt: skip
 
 
@@ -50,6 +51,7 @@ UNEVEN = "20 heads do not divide its tile of 128 rows: where one ends inside a n
 REFUSALS = [
     ((9, 0), {}, None, None, "TensorRT-LLM's kernels are built for SM100 and SM103, this is SM90"),
     ((9, 0), {"lens_device": "cuda"}, NO_PLAN, NO_PLAN, "TensorRT-LLM's kernels are built for SM100 and SM103, this is SM90"),
+    ((10, 0), {"sinks": True}, *["sinks are not handed to it"] * 3),
     ((9, 0), {"tree": True}, *["it masks causally and takes no tree mask"] * 3),
     ((9, 0), {"dtype": torch.float32}, *["dtype torch.float32 is not float16 or bfloat16"] * 3),
     ((9, 0), {"device": "cpu"}, *["the tensors are on cpu, not on a CUDA device"] * 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -41,10 +42,12 @@ class Case:
     q_lens: Tensor | None = None
     parents: Tensor | None = None
     scale: float = 0.3
+    sinks: Tensor | None = None
 
     def arguments(self) -> list:
         tree_mask = None if self.parents is None else tree_tables(self.parents)[0]
-        return [self.q_latent, self.q_rope, self.latent_pages, self.page_table, self.kv_lens, self.q_lens, tree_mask, self.scale]
+        return [self.q_latent, self.q_rope, self.latent_pages, self.page_table, self.kv_lens, self.q_lens, tree_mask,
+                self.scale, self.sinks]  # fmt: skip
 
 
 def make_case(seed, parents, *, heads=3, rank=12, rope=4, max_len=40, **options) -> Case:
@@ -66,7 +69,7 @@ def exact(case: Case) -> Tensor:
     q = torch.cat([case.q_latent, case.q_rope], -1).double()
     pages = case.latent_pages.double()[:, :, None]
     rest = case.arguments()[3:7]
-    return paged_attention.reference(q, pages, pages[..., : case.q_latent.shape[3]], *rest, None, case.scale)
+    return paged_attention.reference(q, pages, pages[..., : case.q_latent.shape[3]], *rest, case.sinks, case.scale)
 
 
 def check(case: Case, out: Tensor, tolerance: float = 4e-6) -> None:
@@ -84,11 +87,11 @@ sizes = st.fixed_dictionaries({
 
 
 @settings(max_examples=16, deadline=None, print_blob=True)
-@given(seed=st.integers(0, 2**32 - 1), q_len=st.integers(1, 40), is_tree=st.booleans(), sizes=sizes,
+@given(seed=st.integers(0, 2**32 - 1), q_len=st.integers(1, 40), is_tree=st.booleans(), has_sinks=st.booleans(), sizes=sizes,
        tile=st.sampled_from([WHOLE, SPLIT, None]))
-def test_equals_attention_over_one_head(random_parents, interpreted, seed, q_len, is_tree, sizes, tile):
+def test_equals_attention_over_one_head(random_parents, interpreted, seed, q_len, is_tree, has_sinks, sizes, tile):
     parents = random_parents(torch.Generator().manual_seed(seed), 2, q_len) if is_tree else (2, q_len)
-    case = make_case(seed, parents, **sizes)
+    case = make_case(seed, parents, **sizes, sinks=torch.randn(sizes["heads"]) * 2 if has_sinks else None)
     check(case, paged_mla(*case.arguments()))
     check(case, on_cpu(*case.arguments()))
     if tile is None:
@@ -178,8 +181,33 @@ def test_padding_is_invisible(interpreted):
         check(case, interpreted(FILE, "attend_latent_pages", *poisoned.arguments(), tile))
 
 
+SINKS = torch.tensor([-1.0, 0.5, 2.0])
+PLANTED = {
+    "sinks are ignored": None,
+    "sinks of other heads": SINKS.roll(1),
+    "a sink in every one of four splits": SINKS + math.log(4.0),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_of_sinks_are_caught(random_parents, interpreted, bug):
+    case = make_case(10, random_parents(torch.Generator().manual_seed(10), 2, 5), sinks=SINKS)
+    for right, wrong in zip(all_of(interpreted, case), all_of(interpreted, replace(case, sinks=PLANTED[bug])), strict=True):
+        check(case, right)
+        with pytest.raises(AssertionError):
+            check(case, wrong)
+
+
+def test_a_sink_far_above_or_below_all_scores_takes_everything_or_nothing(interpreted):
+    case = make_case(11, (2, 4), sinks=torch.tensor([1e4, -1e4, -float("inf")]))
+    plain = exact(replace(case, sinks=None))
+    for out in all_of(interpreted, case):
+        assert not out[:, :, 0].any()
+        torch.testing.assert_close(out[:, :, 1:].double(), plain[:, :, 1:], rtol=4e-6, atol=4e-6)
+
+
 def test_half_precision_rounds_probabilities_and_results_only(interpreted):
-    case = make_case(9, (2, 6), heads=4, rank=16)
+    case = make_case(9, (2, 6), heads=4, rank=16, sinks=torch.linspace(-1, 2, 4))
     half = Case(**{name: value.half() if isinstance(value, Tensor) and value.is_floating_point() else value
                    for name, value in vars(case).items()})  # fmt: skip
     check(half, interpreted(FILE, "attend_latent_pages", *half.arguments(), SPLIT), 2.0**-9)
@@ -208,8 +236,9 @@ def test_the_tile_follows_from_shapes():
 @pytest.mark.parametrize(("batch", "q_len", "is_tree"), [(1, 1, False), (3, 4, False), (2, 32, True), (1, 70, True)])
 def test_on_a_gpu(cuda, batch, q_len, is_tree):
     floats, rest = random_case(cuda, batch, q_len, 700, is_tree)
-    expected = paged_mla.reference(*(one.double() for one in floats), *rest)
+    sinks = torch.linspace(-2, 2, 128, device=cuda) if q_len > 1 else None
+    expected = paged_mla.reference(*(one.double() for one in floats), *rest, sinks)
     for splits in (0, 1, 8):
         tile = Tile(64, 64, splits, 8, 2) if splits else choose_tile(floats[0], floats[2], rest[0])
-        out = attend_latent_pages(*floats, *rest, tile)
+        out = attend_latent_pages(*floats, *rest, sinks, tile)
         assert float((out.double() - expected).abs().max() / expected.abs().max()) < 2.0**-7

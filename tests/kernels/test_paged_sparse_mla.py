@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -31,12 +32,13 @@ class Case:
     page_table: Tensor
     indices: Tensor
     scale: float = 0.3
+    sinks: Tensor | None = None
 
     def arguments(self) -> list:
         return list(vars(self).values())
 
 
-def make_case(seed, batch=2, q_len=3, *, heads=3, rank=12, rope=4, width=20) -> Case:
+def make_case(seed, batch=2, q_len=3, *, heads=3, rank=12, rope=4, width=20, has_sinks=False) -> Case:
     """Random slots, some -1 anywhere among them; what nobody selected is NaN."""
     g = torch.Generator().manual_seed(seed)
     max_pages = NUM_SLOTS // PAGE
@@ -47,6 +49,7 @@ def make_case(seed, batch=2, q_len=3, *, heads=3, rank=12, rope=4, width=20) -> 
         q_latent=torch.randn(batch, q_len, heads, rank, generator=g), q_rope=torch.randn(batch, q_len, heads, rope, generator=g),
         latent_pages=torch.randn(1 + batch * max_pages, PAGE, rank + rope, generator=g),
         page_table=(1 + torch.randperm(batch * max_pages, generator=g)).reshape(batch, max_pages).int(), indices=indices,
+        sinks=torch.randn(heads, generator=g) * 2 if has_sinks else None,
     )
     case.latent_pages[0] = float("nan")
     return case
@@ -60,7 +63,9 @@ def exact(case: Case) -> Tensor:
     q = torch.cat([case.q_latent, case.q_rope], -1).double()
     scores = torch.einsum("bnhd,btd->bnht", q, rows) * case.scale
     scores = scores.masked_fill(~chosen[:, :, None, :NUM_SLOTS], float("-inf"))
-    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    if case.sinks is not None:
+        scores = torch.cat([scores, case.sinks.double()[:, None].expand(*scores.shape[:3], 1)], -1)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., :NUM_SLOTS]
     return torch.einsum("bnht,btr->bnhr", weights, rows[..., : case.q_latent.shape[3]])
 
 
@@ -70,7 +75,7 @@ def check(case: Case, out: Tensor, tolerance: float = 4e-6) -> None:
 
 sizes = st.fixed_dictionaries({
     "heads": st.sampled_from([1, 3, 8, 40]), "rank": st.sampled_from([12, 16, 32]), "rope": st.sampled_from([4, 8]),
-    "width": st.integers(1, NUM_SLOTS),
+    "width": st.integers(1, NUM_SLOTS), "has_sinks": st.booleans(),
 })  # fmt: skip
 
 
@@ -106,8 +111,9 @@ def test_rows_that_nobody_selected_are_not_read(interpreted):
             check(alone, interpreted(FILE, "attend_indices", *part.arguments(), tile))
 
 
-def test_a_row_without_slots_becomes_zero(interpreted):
-    case = make_case(4)
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_a_row_without_slots_becomes_zero(interpreted, has_sinks):
+    case = make_case(4, has_sinks=has_sinks)
     case.indices[0, 1] = -1
     for out in all_of(interpreted, case):
         assert not out[0, 1].any()
@@ -143,12 +149,15 @@ PLANTED = {
     "slots of another node": lambda c: replace(c, indices=c.indices.roll(1, 1)),
     "pages of another request": lambda c: replace(c, page_table=c.page_table.flip(0)),
     "rope forgotten": lambda c: replace(c, q_rope=torch.zeros_like(c.q_rope)),
+    "sinks forgotten": lambda c: replace(c, sinks=None),
+    "sinks of other heads": lambda c: replace(c, sinks=c.sinks.roll(1)),
+    "a sink in every one of four splits": lambda c: replace(c, sinks=c.sinks + math.log(4.0)),
 }
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_caught(interpreted, bug):
-    case = make_case(5)
+    case = make_case(5, has_sinks=True)
     for right, wrong in zip(all_of(interpreted, case), all_of(interpreted, PLANTED[bug](case)), strict=True):
         check(case, right)
         with pytest.raises(AssertionError):
@@ -156,7 +165,7 @@ def test_planted_bugs_are_caught(interpreted, bug):
 
 
 def test_half_precision_rounds_probabilities_and_results_only(interpreted):
-    case = make_case(6, heads=4, rank=16)
+    case = make_case(6, heads=4, rank=16, has_sinks=True)
     half = Case(**{name: value.half() if isinstance(value, Tensor) and value.is_floating_point() else value
                    for name, value in vars(case).items()})  # fmt: skip
     check(half, interpreted(FILE, "attend_indices", *half.arguments(), SPLIT), 2.0**-9)
@@ -181,8 +190,9 @@ def test_on_a_gpu(cuda, q_len):
     floats, (page_table, *_, scale) = random_case(cuda, 2, q_len, 700, False)
     indices = torch.rand(2, q_len, 700, device=cuda).topk(300).indices.int()
     indices[1, :, 90:] = -1
-    expected = paged_sparse_mla.reference(*(one.double() for one in floats), page_table, indices, scale)
+    sinks = torch.linspace(-2, 2, 128, device=cuda) if q_len > 1 else None
+    expected = paged_sparse_mla.reference(*(one.double() for one in floats), page_table, indices, scale, sinks)
     for splits in (0, 1, 8):
         tile = Tile(64, 64, splits, 8, 2) if splits else choose_tile(floats[0], indices)
-        out = attend_indices(*floats, page_table, indices, scale, tile)
+        out = attend_indices(*floats, page_table, indices, scale, sinks, tile)
         assert float((out.double() - expected).abs().max() / expected.abs().max()) < 2.0**-7

@@ -23,12 +23,14 @@ from autospec.tiny_models import lively_model, tiny_model
 from autospec.zoo import reference_tokens
 
 PROMPT_LENS, NEW_TOKENS = (19, 12, 5), 24
-TYPES: dict[str, dict[str, Any]] = {"deepseek_v32": {}, "glm_moe_dsa": {"indexer_types": ["full", "shared"]}}
+TYPES: dict[str, dict[str, Any]] = {"deepseek_v32": {}, "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
+                                   "hy_v4": {"indexer_types": ["full", "shared"]}}  # fmt: skip
 BOTH = pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
 ONE_WORKER = pytest.mark.xdist_group("sparse")  # so that each model is captured once
 
 
 def target(family: str, index_topk: int) -> tuple[Any, list[list[int]], CapturedModel]:
+    pytest.importorskip(f"transformers.models.{family}")
     model, prompts, distinct = lively_model(
         family, PROMPT_LENS, NEW_TOKENS, index_topk=index_topk, num_hidden_layers=2, **TYPES[family]
     )
@@ -124,6 +126,26 @@ def shared_draft(workshop: Workshop) -> None:
 def sparse_tree(workshop: Workshop) -> None:
     """Target and draft select; the draft's index keys stand behind the target's."""
     tree_laws.draft_caches_stay_fresh(workshop, "sparse twin static", 9, "sparse")
+
+
+@ONE_WORKER
+def test_lossless_with_sinks(workshop: Workshop) -> None:
+    """Of a softmax's denominator a head's sink takes its share, once; chains and trees, seeded."""
+    pytest.importorskip("transformers.models.hy_v4")
+    laws.lossless_for_any_draft(workshop, sampling=WARM, target="sinks")
+    tree_laws.lossless_for_any_tree(workshop, 2, WARM, "sinks", truth=0.7)
+
+
+def _sinks_forgotten(op: Any, *args: Any, sinks: Tensor, **kwargs: Any) -> Any:
+    return op(*args, **kwargs)
+
+
+@ONE_WORKER
+def test_forgotten_sinks_are_caught() -> None:
+    pytest.importorskip("transformers.models.hy_v4")
+    plant = Plant("sinks forgotten", "paged_sparse_mla", _sinks_forgotten, ("step",))
+    with pytest.raises(AssertionError):
+        laws.lossless_for_any_draft(Workshop(plant), target="sinks")
 
 
 @ONE_WORKER

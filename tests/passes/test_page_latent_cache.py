@@ -36,15 +36,19 @@ OF_A_PROMPT = PageLatentCache(**SIZES, reads_prompt=True)
 
 
 @functools.cache
-def captured(num_layers: int = 2) -> tuple[fx.GraphModule, dict[str, Tensor]]:
-    graph, weights = latent_graph(written, num_layers=num_layers)
+def captured(num_layers: int = 2, has_sinks: bool = False) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    options = {"sinks": torch.tensor([-1.0, 0.5, 2.0])} if has_sinks else None
+    graph, weights = latent_graph(written, options=options, num_layers=num_layers)
     apply(graph, RecognizeMla())
     return graph, weights
 
 
 @functools.cache
-def paged(q_len: int, num_layers: int = 2, paging: PageLatentCache = OF_A_PROMPT) -> fx.GraphModule:
-    return after(captured(num_layers)[0], SpecializeShapes(batch_size=BATCH, q_len=q_len), FoldNoops(), paging)
+def paged(
+    q_len: int, num_layers: int = 2, paging: PageLatentCache = OF_A_PROMPT, has_sinks: bool = False
+) -> fx.GraphModule:
+    static = SpecializeShapes(batch_size=BATCH, q_len=q_len)
+    return after(captured(num_layers, has_sinks)[0], static, FoldNoops(), paging)
 
 
 def test_text() -> None:
@@ -124,11 +128,12 @@ def state_of(module: fx.GraphModule, generator: torch.Generator) -> dict[str, Te
 
 @settings(max_examples=20)
 @given(
-    splits=st.lists(st.integers(1, 13), min_size=1, max_size=6), seed=st.integers(0, 1000), behind=st.integers(0, 3)
+    splits=st.lists(st.integers(1, 13), min_size=1, max_size=6), seed=st.integers(0, 1000), behind=st.integers(0, 3),
+    has_sinks=st.booleans(),
 )
-def test_any_split_equals_the_whole(splits: list[int], seed: int, behind: int) -> None:
+def test_any_split_equals_the_whole(splits: list[int], seed: int, behind: int, has_sinks: bool) -> None:
     """What a wider call wrote past the end does no harm; 11 tokens and more are attended to expanded."""
-    graph, weights = captured()
+    graph, weights = captured(2, has_sinks)
     generator = torch.Generator().manual_seed(seed)
     if sum(splits) > PAGE * PAGES_PER_ROW - 9:
         splits = [13, 6]
@@ -141,7 +146,7 @@ def test_any_split_equals_the_whole(splits: list[int], seed: int, behind: int) -
     for split in splits:
         part = slice(start, start + split)
         values = {"input_ids": ids[:, part], "position_ids": positions[:, part], **weights, **state}
-        got = evaluate(paged(split), values)[0]
+        got = evaluate(paged(split, has_sinks=has_sinks), values)[0]
         torch.testing.assert_close(got, whole[:, part], rtol=0, atol=3e-6)
         rejected = min(behind, split - 1)
         state["kv_lens"].add_(split - rejected)

@@ -56,6 +56,7 @@ _MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "sparse": ("deepseek_v32", 5, {**_LATENT, **_SPARSE}),
     "shared": ("glm_moe_dsa", 6, {**_LATENT, **_SPARSE, "num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"],
                                   "mlp_layer_types": ["dense", "sparse", "dense"]}),
+    "sinks": ("hy_v4", 7, {**_LATENT, **_SPARSE, "indexer_types": ["full", "shared"], "learnable_sink_init": 1.0}),
 }
 TAPS = (0, 0, 1)  # the tiny target has two layers
 MODULES = {"mtp": ("target", 1), "mtp3": ("target", 3), "mtp-latent": ("latent", 2),

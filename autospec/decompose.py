@@ -3,14 +3,17 @@
 `ExportedProgram.run_decompositions` traces the whole model again with symbolic shapes: 34 of the 50 s that capturing 32
 Llama layers took on a CPU (2026-11-21). Most models need no more than these renamings, which are done in place here; a graph
 with anything else that writes or that is made of smaller ops is traced again as before. Capturing 32 layers of random weights,
-on a busy 4-core CPU, 2026-11-21: phi3 31 -> 11 s, mixtral 41 -> 12, glm 43 -> 13, gemma3 46 -> 11.
+on a busy 4-core CPU, 2026-11-21: phi3 31 -> 11 s, mixtral 41 -> 12, glm 43 -> 13, gemma3 46 -> 11; 16 of DeepSeek-V3: 29 -> 8.
 
     %c = aten.to.dtype(%x : f32, bf16)      ->  %c = aten._to_copy(%x, dtype=bf16)      type_as likewise
     %c = aten.to.dtype(%x : f32, f32)       ->  %x                                      dropout(%x, p, False) likewise
     %v = aten.reshape(%x, [..])             ->  %v = aten.view(%x, [..])                where %x has the strides for it
     %v = aten.flatten(%x : [B, S, 2, 3], 2) ->  %v = aten.view(%x, [B, S, 6])           likewise
+    %v = aten.reshape(%x, [..])             ->  %c = aten.clone(%x); %v = aten._unsafe_view(%c, [..])   where it has not
     %p = aten.chunk(%x : [B, S, 6], 2, -1)  ->  %p = aten.split(%x, 3, -1)
     %y = aten.div_(%x, %z); use(%x, %y)     ->  %y = aten.div(%x, %z); use(%y, %y)      where nobody else has %x's memory
+    %s = aten.slice(%x, 3, 0, 8); aten.copy_(%s, %z); use(%x)
+      -> %c = aten.copy(%s, %z); %y = aten.slice_scatter(%x, %c, 3, 0, 8); use(%y)      likewise
 """
 
 from __future__ import annotations
@@ -40,6 +43,9 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
     graph.eliminate_dead_code()
     if not all(_is_plain(node) for node in graph.nodes):
         return exported.run_decompositions({})
+    for node in list(graph.nodes):
+        if _is_written_part(node):  # taken before an earlier write, it is of what that write left
+            next(iter(node.users)).prepend(node)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _RENAMED:
             _rename(graph, node)
@@ -96,7 +102,7 @@ def _rename_of(node: fx.Node) -> _Call | None:
         with _on_fakes(source):
             aten.view.default(source.meta["val"], given)
     except (RuntimeError, ValueError):
-        return None
+        return aten._unsafe_view.default, (source, sizes), {}
     return aten.view.default, (source, sizes), {}
 
 
@@ -150,6 +156,8 @@ def _rename(graph: fx.Graph, node: fx.Node) -> None:
         return
     if node.target is aten.flatten.using_ints:
         args = args[0], [-1 if axis is None else _size_node(graph, node, axis) for axis in _flat_axes(node)]
+    if target is aten._unsafe_view.default:
+        args = _clone_of(graph, node, args[0]), args[1]
     node.target, node.args, node.kwargs = target, args, kwargs  # the name stays: the program's signature refers to outputs
 
 
@@ -165,14 +173,35 @@ def _size_node(graph: fx.Graph, node: fx.Node, axis: int) -> Any:
     return made
 
 
+def _clone_of(graph: fx.Graph, node: fx.Node, source: fx.Node) -> fx.Node:
+    """A contiguous copy of an operand before a node."""
+    options: dict[str, Any] = {"memory_format": torch.contiguous_format}
+    with graph.inserting_before(node), _on_fakes(source):
+        made = graph.call_function(aten.clone.default, (source,), options)
+        made.meta = {**node.meta, "val": aten.clone.default(source.meta["val"], **options)}
+    return made
+
+
 def _can_write_anew(node: fx.Node) -> bool:
-    """Whether what a node writes to is one op's new result that no view shows, so that nobody else sees the write."""
+    """Whether what a node writes to is one op's new result, or a part of it, and no other view shows that result, so that
+    nobody else sees the write."""
     target = node.args[0]
-    if not isinstance(target, fx.Node) or _functional_of(node) is None:
+    if not isinstance(target, fx.Node) or _functional_of(node) is None or not _keeps_kind(node):
         return False
-    maker = target.args[0] if target.target is operator.getitem else target
+    whole = target
+    if _is_written_part(target):
+        whole = target.args[0]  # type: ignore[assignment]
+    maker = whole.args[0] if whole.target is operator.getitem else whole
     makes_new = isinstance(maker, fx.Node) and _is_op(maker) and not _may_share(maker)
-    return makes_new and not any(_may_share(user) for user in target.users if user is not node) and _keeps_kind(node)
+    return makes_new and not any(_may_share(user) for user in whole.users if user is not node and not _is_written_part(user))
+
+
+def _is_written_part(node: fx.Node) -> bool:
+    """Whether a node is a slice of a tensor that is made to be written to, once."""
+    if node.target is not aten.slice.Tensor or not isinstance(node.args[0], fx.Node) or len(node.users) != 1:
+        return False
+    (writer,) = node.users
+    return writer.target is aten.copy_.default and writer.args[0] is node and writer.args[1] is not node and not writer.users
 
 
 def _keeps_kind(node: fx.Node) -> bool:
@@ -212,7 +241,12 @@ def _may_share(node: fx.Node) -> bool:
 
 def _write_anew(node: fx.Node) -> None:
     """Let a write leave a new tensor, which everybody after it reads."""
-    target = node.args[0]
-    assert isinstance(target, fx.Node)
+    target: Any = node.args[0]
+    made, is_part = node, _is_written_part(target)
     node.target = _functional_of(node)
-    target.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and node < user)
+    if is_part:
+        whole, *where = target.args
+        with node.graph.inserting_after(node):
+            made = node.graph.call_function(aten.slice_scatter.default, (whole, node, *where))
+        made.meta, target = {**node.meta, "val": whole.meta["val"]}, whole
+    target.replace_all_uses_with(made, delete_user_cb=lambda user: made < user)

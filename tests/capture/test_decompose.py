@@ -19,7 +19,7 @@ class _Module(torch.nn.Module):
     def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.write = write
-        self.layer = torch.nn.Linear(8, 8).bfloat16()
+        self.layer = torch.nn.Linear(8, 8).bfloat16().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.write(self.layer(x))
@@ -60,6 +60,21 @@ def written(x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
     return x + other
 
 
+def filled(x: Tensor, *parts: Callable[[Tensor], Tensor]) -> Tensor:
+    """Views are taken, then written to, the last one first."""
+    made = x.new_zeros(x.shape)
+    views = [part(made) for part in parts]
+    for number, (view, part) in reversed([*enumerate(zip(views, parts, strict=True))]):
+        view.copy_(part(x) * (number + 2))
+    return made + 1
+
+
+def itself(x: Tensor) -> Tensor:
+    """A part is written from another one."""
+    x[..., :4] = x[..., 4:]
+    return x + 1
+
+
 RENAMED = {
     "norm": lambda x: (x.to(torch.float32) * x.float().pow(2).mean(-1, keepdim=True).rsqrt()).to(torch.bfloat16),
     "a cast at the end": lambda x: (x + 1).to(torch.float32), "no cast at the end": lambda x: x.to(torch.bfloat16),
@@ -71,9 +86,16 @@ RENAMED = {
     "flat": lambda x: x.view(*x.shape[:2], 2, 4).flatten(-2) + x.sin()[:, :, None].flatten(1, 2),
     "all flat": lambda x: x.flatten() + 1,
     "flat, as a result": lambda x: x.view(*x.shape[:2], 2, 4).flatten(2, 3),
+    "a reshape that copies": lambda x: x.transpose(1, 2).reshape(x.shape[0], -1),
+    "a flatten that copies": lambda x: x.transpose(1, 2).flatten(1),
+    "part by part": lambda x: filled(x, lambda y: y[..., :3], lambda y: y[..., 3:]),
+    "part by part, one over the other": lambda x: filled(x, lambda y: y[..., 2:7], lambda y: y[..., :5]),
     "in place": lambda x: x.clone().add_(1), "in place, read before and after": lambda x: written(x.sin(), torch.cos),
 }
 TRACED = {
+    "a part, seen through a view": lambda x: filled(x, lambda y: y[..., :3], lambda y: y[..., 3:].view(-1, *y.shape[1:-1], 5)),
+    "a part of a part": lambda x: filled(x, lambda y: y[..., 2:7], lambda y: y[:, 1:, :5]),
+    "a part from another part": lambda x: itself(x.sin()), "a part of an operand": lambda x: itself(x),
     "in place, seen through a view": lambda x: written(x.sin(), lambda y: y[:1]),
     "in place, by another dtype": lambda x: x.sin().mul_(torch.full((8,), 1.37)).cos(),
     "in place, a comparison": lambda x: x.sin().gt_(0).mul(3).cumsum(-1),
@@ -81,7 +103,6 @@ TRACED = {
     "in place, by another dtype and its sizes": lambda x: x.sin().addcmul_(x.cos().double(), x.exp().double()),
     "in place, twice": lambda x: x.clone().add_(1).mul_(3), "parts that are missing": lambda x: x.chunk(5, -1)[3],
     "in place, in another shape": lambda x: x.transpose(0, 1).add_(1), "dropout": lambda x: torch.dropout(x, 0.0, True),
-    "a reshape that copies": lambda x: x.transpose(1, 2).reshape(x.shape[0], -1),
     "a forced copy": lambda x: x.to(torch.bfloat16, copy=True),
     "another device's copy": lambda x: x.to("cpu", torch.float32, copy=True),
     "a layout": lambda x: x[:, :, None].to(torch.float32, memory_format=torch.channels_last),

@@ -18,7 +18,14 @@ from autospec import debug
 from autospec.config import Speculation, parse_speculation
 from autospec.errors import CapacityError, OptionError
 from autospec.kernels.noise import row_key
-from autospec.limits import SMALLEST_BUCKET, Limits, next_power_of_two, saved_shapes, shape_for
+from autospec.limits import (
+    SMALLEST_BUCKET,
+    Limits,
+    check_index_quantization,
+    next_power_of_two,
+    saved_shapes,
+    shape_for,
+)
 from autospec.program import CapturedHead, CapturedModel, Program, Shape, state_bytes
 from autospec.report import explain_text, pass_table
 from autospec.runtime.metrics import Metrics
@@ -254,6 +261,7 @@ def optimize(
     passes: str | Sequence[str] | None = None,
     exact: bool | int = False,
     batch_buckets: Sequence[int] = (),
+    index_quantization: str | None = None,
 ) -> OptimizedModel:
     """Compile a Hugging Face causal LM into a program that emits the same tokens, several per step.
 
@@ -270,6 +278,8 @@ def optimize(
             step then has this many nodes (True: 8, those of a chain of 7) and sums in the same order for each.
         batch_buckets: numbers of rows, such as (16, 32), whose steps are compiled as well: once no prompt waits and so few rows are
             left, a batch goes on with the smallest that holds them. It pays where a step of all rows costs more.
+        index_quantization: "fp8" keeps the keys by which sparse attention (DSA) selects in 8 bits, as DeepSeek's own kernels do:
+            about half the bytes, and the one option here that may change tokens, as it may select other keys than the model.
 
     Raises:
         CaptureError: the model cannot be captured or decoded step by step, with the reason.
@@ -298,7 +308,9 @@ def optimize(
     captured = capture_all(model, chosen, max_length)
     if nodes:
         check_exact(captured.target)
-    limits = Limits(max_batch_size, max_length, page_size, nodes, tuple(batch_buckets))
+    draft = captured.draft
+    check_index_quantization(index_quantization, captured.target.facts, None if draft is None else draft.facts)
+    limits = Limits(max_batch_size, max_length, page_size, nodes, tuple(batch_buckets), index_quantization)
     return OptimizedModel(
         captured.target, captured.draft, chosen, compile, limits, captured.defaults, without, sources=captured.sources
     )
@@ -319,11 +331,12 @@ def export(
     meta: bool = False,
     checkpoint: str | Path | None = None,
     progress: bool = False,
+    index_quantization: str | None = None,
 ) -> Path:
     """Write a directory that runs without transformers: graphs, weights, tokenizer and a manifest over all of them.
 
     Args:
-        model, speculation, page_size, passes: as in `optimize`.
+        model, speculation, page_size, passes, index_quantization: as in `optimize`.
         directory: the folder to write; it appears when it is complete.
         batch_sizes: rows at once, one program each; more prompts run in waves.
         max_length: tokens per row, prompt and output together; None: 512, or what the model has.
@@ -341,7 +354,9 @@ def export(
         from autospec.loading import model_on_meta, resolve
 
         model, checkpoint = model_on_meta(model), checkpoint or resolve(str(model))
-    fast = optimize(model, speculation, compile="eager", page_size=page_size, passes=passes)
+    fast = optimize(
+        model, speculation, compile="eager", page_size=page_size, passes=passes, index_quantization=index_quantization
+    )
     fast.show_progress = progress
     return fast.save(
         directory, batch_sizes=batch_sizes, max_length=max_length, sampling=sampling, compile=compile,

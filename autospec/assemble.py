@@ -13,7 +13,7 @@ from autospec import debug, pipeline
 from autospec.capture import export_model
 from autospec.config import Speculation
 from autospec.hollow import is_model_hollow
-from autospec.ir.caches import bytes_per_token, kept_rows
+from autospec.ir.caches import bytes_per_token, index_keys, kept_rows, spared_in_float8
 from autospec.ir.passes import PassRecord
 from autospec.ir.runner import run_stages
 from autospec.ir.sizes import constants_of
@@ -61,6 +61,7 @@ def _facts(model: Any, graph: fx.GraphModule, max_positions: int) -> ModelFacts:
     return ModelFacts(
         name=type(model).__name__, vocab_size=int(logits.shape[-1]), max_positions=max_positions, dtype=weight.dtype,
         device=weight.device, num_kv_layers=len(kept_rows(graph)), bytes_per_token=bytes_per_token(graph),
+        num_indexers=len(index_keys(graph)), spared_in_float8=spared_in_float8(graph),
     )  # fmt: skip
 
 

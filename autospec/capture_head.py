@@ -17,7 +17,7 @@ from autospec.errors import CaptureError, OptionError
 from autospec.heads.eagle3 import Eagle3Head
 from autospec.heads.medusa import MedusaHeads
 from autospec.heads.mtp import MTPHead
-from autospec.ir.caches import bytes_per_token, kept_rows
+from autospec.ir.caches import bytes_per_token, index_keys, kept_rows, spared_in_float8
 from autospec.ir.match import calls, operand
 from autospec.ir.roles import the
 from autospec.ir.runner import run_stages
@@ -124,7 +124,8 @@ def _capture_mtp(head: MTPHead, target: CapturedModel) -> CapturedHead:
     every = [_facts(head, graph, target, target.facts.vocab_size) for graph in (first, *deeper)]
     facts = replace(
         every[0], num_kv_layers=sum(one.num_kv_layers for one in every),
-        bytes_per_token=sum(one.bytes_per_token for one in every),
+        bytes_per_token=sum(one.bytes_per_token for one in every), num_indexers=sum(one.num_indexers for one in every),
+        spared_in_float8=sum(one.spared_in_float8 for one in every),
     )  # fmt: skip
     return CapturedHead(first, following, _weights([first, following, *deeper]), facts, deeper=deeper)
 
@@ -179,5 +180,5 @@ def _facts(head: nn.Module, graph: fx.GraphModule, target: CapturedModel, vocab_
     return ModelFacts(
         name=type(head).__name__, vocab_size=vocab_size, max_positions=target.facts.max_positions,
         dtype=target.facts.dtype, device=target.facts.device, num_kv_layers=len(kept_rows(graph)),
-        bytes_per_token=bytes_per_token(graph),
+        bytes_per_token=bytes_per_token(graph), num_indexers=len(index_keys(graph)), spared_in_float8=spared_in_float8(graph),
     )  # fmt: skip

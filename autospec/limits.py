@@ -23,6 +23,7 @@ class Limits:
     page_size: int | None
     exact: int = 0  # nodes of every step, where steps must be equal to the bit; 0: as many as pay
     batch_buckets: tuple[int, ...] = ()  # rows of programs that go on when no more are left
+    index_quantization: str | None = None  # of the keys of indexers
 
 
 def shape_for(
@@ -46,7 +47,10 @@ def shape_for(
     page_size = limits.page_size or (32 if on_cpu else 64)
     prefill_len = min(64 if on_cpu else 512, length)
     tree = chain(limits.exact - 1) if limits.exact else tree_of(speculation)
-    return Shape(batch, length, page_size, prefill_len, tree, sampling, is_exact=limits.exact > 0)
+    return Shape(
+        batch, length, page_size, prefill_len, tree, sampling, is_exact=limits.exact > 0,
+        index_quantization=limits.index_quantization,
+    )  # fmt: skip
 
 
 def saved_shapes(
@@ -66,9 +70,20 @@ def saved_shapes(
             f"max_length is {length}, but the model has {facts.max_positions} positions",
             at=f"max_length={length}", where=facts.name, help="choose a smaller max_length",
         )  # fmt: skip
-    fixed = Limits(None, length, limits.page_size, limits.exact)
+    fixed = Limits(None, length, limits.page_size, limits.exact, index_quantization=limits.index_quantization)
     kinds = (False, True) if sampling is None else (sampling,)
     return tuple(dict.fromkeys(shape_for(facts, fixed, speculation, size, length, kind) for size in sizes for kind in kinds))
+
+
+def check_index_quantization(asked: object, target: ModelFacts, draft: ModelFacts | None) -> None:
+    """Raise OptionError for an unknown form of index keys, or where nothing has such keys."""
+    at = f"index_quantization={asked!r:.40}"
+    if asked not in (None, "fp8"):
+        raise OptionError(f"index_quantization must be 'fp8' or None, got {asked!r:.40}", at=at, where="autospec.optimize",
+                          help="None keeps the keys that select keys as they are")  # fmt: skip
+    if asked and not target.num_indexers and not (draft is not None and draft.num_indexers):
+        raise OptionError("index_quantization is of models that select their keys, and this one attends to all", at=at,
+                          where=target.name, help="leave it out")  # fmt: skip
 
 
 def next_power_of_two(value: int) -> int:

@@ -29,6 +29,8 @@ class ModelFacts:
         dtype, device: of the weights.
         num_kv_layers: attention calls with K/V of their own.
         bytes_per_token: size of one token's K/V rows in all layers.
+        num_indexers: index keys of a token, of layers that select their keys.
+        spared_in_float8: of bytes_per_token, what these keys in float8 would not take.
     """
 
     name: str
@@ -38,6 +40,12 @@ class ModelFacts:
     device: torch.device
     num_kv_layers: int
     bytes_per_token: int
+    num_indexers: int = 0
+    spared_in_float8: int = 0
+
+    def bytes_kept(self, index_quantization: str | None) -> int:
+        """Size of one token's rows in all caches of a program."""
+        return self.bytes_per_token - (self.spared_in_float8 if index_quantization else 0)
 
 
 class Described(Protocol):
@@ -103,6 +111,7 @@ class Shape:
         is_exact: a token's numbers do not depend on where in a step it stands.
         cache_rows: 0, or rows of the cache where another program owns it.
         part: of the graphs, if not all: "prefill" or "steps".
+        index_quantization: "fp8", or None: index keys of sparse attention are kept as they are.
     """
 
     batch_size: int
@@ -114,6 +123,7 @@ class Shape:
     cache_rows: int = 0
     is_exact: bool = False
     part: str = ""
+    index_quantization: str | None = None
 
     def reader(self) -> Shape:
         """Of a program that reads one prompt at a time into the cache of this one."""
@@ -220,5 +230,5 @@ def materialise(slot: Slot, weights: Mapping[str, Tensor]) -> Tensor:
 
 def state_bytes(target: Described, draft: Described | None, shape: Shape) -> int:
     """Bytes of pages and history that a program of this shape allocates."""
-    per_token = target.facts.bytes_per_token + (draft.facts.bytes_per_token if draft is not None else 0)
+    per_token = sum(one.facts.bytes_kept(shape.index_quantization) for one in (target, draft) if one is not None)
     return shape.num_pages * shape.page_size * per_token + shape.batch_size * shape.token_room * 8

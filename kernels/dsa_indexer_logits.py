@@ -3,7 +3,8 @@
 Hi index heads: index_q [B, N, Hi, Di], index_weights [B, N, Hi] float32; index_pages [num_pages, P, Di], one key per
 token for all heads; page_table [B, max_pages] int32; kv_lens [B] int32, rows committed before this call; the keys of the
 N new tokens were appended at slots kv_lens ... kv_lens + N - 1, by append_latent: a key is made of a rotated and an
-unrotated part, as a latent row is. Any N runs as it is: a node's scores do not depend on which nodes stand beside it.
+unrotated part, as a latent row is; or, in float8 with index_scales [num_pages, P] float32, by append_index_keys. Any N runs as it
+is: a node's scores do not depend on which nodes stand beside it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autospec.kernels.append_index_keys import KEYS, dequantize_keys, quantize_keys
+from autospec.kernels.dsa_topk import dsa_topk, shared_slots
 from autospec.kernels.launch import (
     can_wait,
     gdc_launch_dependents,
     gdc_wait,
     jit,
+    no_float8,
     no_gpu,
     power_of_2,
     rows_of,
@@ -34,32 +38,40 @@ from autospec.kernels.timing import Measurement, deviation, time_graph
 @kernel_op()
 def dsa_indexer_logits(
     index_q: Tensor, index_weights: Tensor, index_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
-    q_lens: Tensor | None = None, scale: float = 1.0, index_topk: int = 0,
+    q_lens: Tensor | None = None, scale: float = 1.0, index_topk: int = 0, index_scales: Tensor | None = None,
 ) -> Tensor:
     """index_q [B, N, Hi, Di] -> [B, N, max_pages * P] float32: sum over heads of weight * relu(scale * q . k).
 
     All of it in float32, as transformers computes it. No causality here: dsa_topk applies it before it selects.
     Unspecified: slots from kv_lens + N on; nodes past q_lens [B] int32 (None: all are valid); requests whose every slot
-    is selected anyway, kv_lens + N <= index_topk (0: none is). scale: 1 / sqrt(Di).
+    is selected anyway, kv_lens + N <= index_topk (0: none is). scale: 1 / sqrt(Di). index_scales: pages are float8_e4m3fn, and
+    a row stands for row * its scale; queries stay as they are.
     """
-    batch, head_dim = index_q.shape[0], index_q.shape[3]
-    keys = index_pages.index_select(0, page_table.reshape(-1)).reshape(batch, 1, -1, head_dim)
-    scores = torch.matmul(index_q.float(), keys.float().transpose(-1, -2)) * scale
+    batch, head_dim, rows = index_q.shape[0], index_q.shape[3], page_table.reshape(-1)
+    if index_scales is None:
+        keys = index_pages.index_select(0, rows).float()
+    else:
+        bits = index_pages.view(torch.uint8).index_select(0, rows)
+        keys = dequantize_keys(bits.view(KEYS), index_scales.index_select(0, rows))
+    keys = keys.reshape(batch, 1, -1, head_dim)
+    scores = torch.matmul(index_q.float(), keys.transpose(-1, -2)) * scale
     return torch.matmul(index_weights.float().unsqueeze(-2), torch.relu(scores)).squeeze(-2)
 
 
 def why_not_triton(args: Mapping[str, Any]) -> str | None:
     """Pages are addressed by row number; a tile holds all heads of a node and whole keys."""
-    index_q, index_pages = args["index_q"], args["index_pages"]
-    if index_q.dtype != index_pages.dtype:
+    index_q, index_pages, index_scales = args["index_q"], args["index_pages"], args["index_scales"]
+    if index_scales is None and index_q.dtype != index_pages.dtype:
         return f"queries are {index_q.dtype}, pages {index_pages.dtype}"
+    if index_scales is not None and index_pages.dtype != KEYS:
+        return f"scaled keys are float8_e4m3fn, not {index_pages.dtype}"
     if index_q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {index_q.dtype} is not float16, bfloat16 or float32"
     if index_q.shape[2] > 64 or index_q.shape[3] > 128:
         return f"{index_q.shape[2]} index heads of {index_q.shape[3]} do not fit a tile of 64 x 128"
-    if not index_pages.is_contiguous():
+    if not index_pages.is_contiguous() or not (index_scales is None or index_scales.is_contiguous()):
         return "the pages are not contiguous"
-    return no_gpu(args)
+    return no_gpu(args) or (None if index_scales is None else no_float8(index_q.device))
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ TILES = {2: Tile(128, 8, 4), 4: Tile(64, 8, 4)}  # by the bytes of an element; a
 
 @jit
 def score_slots(
-    p_q, p_weights, p_pages, p_table, p_lens, p_q_lens, p_out, stride_qb, stride_qn, stride_qh, stride_wb, stride_wn,
+    p_q, p_weights, p_pages, p_scales, p_table, p_lens, p_q_lens, p_out, stride_qb, stride_qn, stride_qh, stride_wb, stride_wn,
     stride_tb, q_len, max_pages, index_topk, scale,
     H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, IS_WIDE: tl.constexpr, NODES: tl.constexpr, T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, WAITS: tl.constexpr,
@@ -105,19 +117,23 @@ def score_slots(
     m_q = m_h[:, None] & (o_d < D)[None, :]
     if i_g * NODES < last:
         pages = block_pages(p_table + i_b * stride_tb, i_t, capacity, T, PAGE)
-        b_k = load_rows(p_pages, row_numbers(pages, i_t, T, PAGE, IS_WIDE), m_t, o_d, D, D)
+        b_row = row_numbers(pages, i_t, T, PAGE, IS_WIDE)
+        b_k = load_rows(p_pages, b_row, m_t, o_d, D, D).to(p_q.dtype.element_ty)
+        b_scale = scale
+        if p_scales is not None:
+            b_scale = (tl.load(p_scales + b_row, mask=m_t, other=0.0) * scale)[None, :]
         for i_n in range(i_g * NODES, last):
             p_rows = p_q + i_b * stride_qb + i_n * stride_qn + (o_h * stride_qh)[:, None] + o_d[None, :]
             b_q = tl.load(p_rows, mask=m_q, other=0.0)
             b_weight = tl.load(p_weights + i_b * stride_wb + i_n * stride_wn + o_h, mask=m_h, other=0.0).to(tl.float32)
-            b_s = tl.maximum(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale, 0.0)
+            b_s = tl.maximum(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_scale, 0.0)
             b_out = tl.sum(b_s * b_weight[:, None], 0)
             tl.store(p_out + (i_b * q_len + i_n) * capacity + o_t, b_out, mask=m_t)
 
 
 def score_pages(
     index_q: Tensor, index_weights: Tensor, index_pages: Tensor, page_table: Tensor, kv_lens: Tensor, q_lens: Tensor | None,
-    scale: float, index_topk: int, tile: Tile,
+    scale: float, index_topk: int, index_scales: Tensor | None, tile: Tile,
 ) -> Tensor:
     """Launch with a given tile."""
     q, weights = rows_of(index_q), rows_of(index_weights)
@@ -126,7 +142,7 @@ def score_pages(
     out = q.new_empty(batch, q_len, max_pages * page_size, dtype=torch.float32)
     grid = (max_pages * page_size + tile.slots - 1) // tile.slots, (q_len + tile.nodes - 1) // tile.nodes, batch
     wrap_triton(score_slots, waits=True)[grid](
-        q, weights, index_pages, page_table, kv_lens, q_lens, out, q.stride(0), q.stride(1), q.stride(2),
+        q, weights, index_pages, index_scales, page_table, kv_lens, q_lens, out, q.stride(0), q.stride(1), q.stride(2),
         weights.stride(0), weights.stride(1), page_table.stride(0), q_len, max_pages, index_topk, scale,
         H=heads, D=head_dim, PAGE=page_size, IS_WIDE=index_pages.numel() >= 2**31, NODES=tile.nodes, T=tile.slots,
         BLOCK_H=max(power_of_2(heads), 16), BLOCK_D=max(power_of_2(head_dim), 16), WAITS=can_wait(q), num_warps=tile.warps,
@@ -137,11 +153,12 @@ def score_pages(
 @dsa_indexer_logits.implementation("triton", why_not=why_not_triton, waits=True)
 def dsa_indexer_logits_triton(
     index_q: Tensor, index_weights: Tensor, index_pages: Tensor, page_table: Tensor, kv_lens: Tensor,
-    q_lens: Tensor | None = None, scale: float = 1.0, index_topk: int = 0,
+    q_lens: Tensor | None = None, scale: float = 1.0, index_topk: int = 0, index_scales: Tensor | None = None,
 ) -> Tensor:
-    """One program per block of slots and group of nodes; heads are summed in registers and never written."""
+    """One program per block of slots and group of nodes; heads are summed in registers and never written. Float8 keys are
+    widened, exactly, to what the queries are."""
     tile = TILES[index_q.element_size()]
-    return score_pages(index_q, index_weights, index_pages, page_table, kv_lens, q_lens, scale, index_topk, tile)
+    return score_pages(index_q, index_weights, index_pages, page_table, kv_lens, q_lens, scale, index_topk, index_scales, tile)
 
 
 @dsa_indexer_logits.expander
@@ -156,14 +173,19 @@ def expand(args: Mapping[str, Any]) -> dict[str, Any]:
 @dsa_indexer_logits.sampler
 def sample(args: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
     """Random rows, pages in a random order, and texts that fill them, so that every score is specified."""
-    floats = {
-        name: torch.empty(args[name].shape, dtype=args[name].dtype, device=generator.device).normal_(generator=generator)
+    made = {
+        name: torch.empty(args[name].shape, device=generator.device).normal_(generator=generator)
         for name in ("index_q", "index_weights", "index_pages")
     }
+    scaled = {} if args["index_scales"] is None else dict(zip(_SCALED, quantize_keys(made["index_pages"]), strict=True))
+    floats = {name: (made | scaled)[name].to(args[name].dtype) for name in made} | scaled
     places = sample_places({**args, "tree_mask": None}, args["index_q"].shape[1], args["index_pages"], generator)
     capacity = args["page_table"].shape[1] * args["index_pages"].shape[1]
     places["kv_lens"] = torch.full_like(places["kv_lens"], capacity - args["index_q"].shape[1])
     return {**args, **floats, **places, "index_topk": 0}
+
+
+_SCALED = ("index_pages", "index_scales")
 
 
 def random_case(
@@ -180,22 +202,46 @@ def random_case(
 
 
 def bench(device: torch.device) -> Iterator[Measurement]:
-    """64 heads of 128, bfloat16, page 64; exact is the reference in float64, in the slots that hold rows."""
+    """64 heads of 128, bfloat16, page 64, and the same keys in float8, with the share of the selection that they leave as it was;
+    exact is the reference in float64, in the slots that hold rows."""
     for context in (4096, 32768, 131072):
         for q_len in (1, 2, 4):
             floats, rest = random_case(device, 1, q_len, context)
-            held = slice(0, context + q_len)
+            yield _measured(floats, rest, None, context)
+            index_pages, index_scales = quantize_keys(floats[2])
+            yield _measured((*floats[:2], index_pages), rest, index_scales, context, same_selection(floats, rest))
 
-            def mine(floats=floats, rest=rest) -> Tensor:
-                return dsa_indexer_logits_triton(*floats, *rest)
 
-            def reference(floats=floats, rest=rest) -> Tensor:
-                return dsa_indexer_logits.reference(*floats, *rest)
+def same_selection(floats: tuple[Tensor, Tensor, Tensor], rest: tuple[Any, ...]) -> Tensor:
+    """Arguments with keys as they are -> the share of each node's selection that float8 keys select too, [B, N]."""
+    index_pages, index_scales = quantize_keys(floats[2])
+    plain = dsa_indexer_logits(*floats, *rest)
+    coarse = dsa_indexer_logits(*floats[:2], index_pages, *rest, index_scales)
+    mine, theirs = (dsa_topk(logits, rest[1], rest[4]) for logits in (coarse, plain))
+    return shared_slots(mine, theirs)
 
-            keys = floats[2].double()[rest[0][0].long()].flatten(0, 1)[held]
-            scores = torch.relu(floats[0][0].double() @ keys.T * rest[3])
-            exact = (floats[1][0].double()[:, None] @ scores).squeeze(1)
-            error = deviation(mine()[0][:, held], exact)
-            moved = (context + q_len) * (128 * 2 + q_len * 4) + floats[0].nbytes + floats[1].nbytes
-            times = time_graph(mine), time_graph(reference)
-            yield Measurement("dsa_indexer_logits", f"1 x {q_len}, {context}", *times, moved, error)
+
+def _measured(
+    floats: tuple[Tensor, Tensor, Tensor], rest: tuple[Any, ...], index_scales: Tensor | None, context: int,
+    same: Tensor | None = None,
+) -> Measurement:  # fmt: skip
+    """One line of a single request."""
+    index_q, index_weights, index_pages = floats
+    q_len = index_q.shape[1]
+    held, table = slice(0, context + q_len), rest[0][0].long()
+
+    def mine() -> Tensor:
+        return dsa_indexer_logits_triton(*floats, *rest, index_scales)
+
+    def reference() -> Tensor:
+        return dsa_indexer_logits.reference(*floats, *rest, index_scales)
+
+    keys = index_pages.float()[table] if index_scales is None else dequantize_keys(index_pages, index_scales)[table]
+    scores = torch.relu(index_q[0].double() @ keys.double().flatten(0, 1)[held].T * rest[3])
+    exact = (index_weights[0].double()[:, None] @ scores).squeeze(1)
+    error = deviation(mine()[0][:, held], exact)
+    row = 128 * index_pages.element_size() + (0 if index_scales is None else 4)
+    moved = (context + q_len) * (row + q_len * 4) + index_q.nbytes + index_weights.nbytes
+    told = "" if same is None else f", float8 keys (same selection: mean {100 * same.mean():.1f}%, worst {100 * same.min():.1f}%)"
+    times = time_graph(mine), time_graph(reference)
+    return Measurement("dsa_indexer_logits", f"1 x {q_len}, {context}{told}", *times, moved, error)

@@ -56,6 +56,13 @@ def dsa_topk(
     return torch.where(slots < num_slots, slots, -1).to(torch.int32)
 
 
+def shared_slots(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Of the slots that each row of one selection holds, the share that another one's row holds too; [..., K] int32 -> [...]."""
+    both = torch.cat([mine, theirs], -1).sort(-1).values  # a row names a slot once
+    twice = (both[..., 1:] == both[..., :-1]) & (both[..., 1:] >= 0)
+    return twice.sum(-1) / (theirs >= 0).sum(-1).clamp(min=1)
+
+
 def why_not_triton(args: Mapping[str, Any]) -> str | None:
     """Scores are ranked by their bits."""
     if args["logits"].dtype != torch.float32:

@@ -117,3 +117,9 @@ def no_gpu(args: Mapping[str, Any]) -> str | None:
             if isinstance(tensor, Tensor) and tensor.device.type != "cuda":
                 return f"the tensors are on {tensor.device}, not on a CUDA device"
     return None
+
+
+def no_float8(device: torch.device) -> str | None:
+    """Why a GPU's own conversions from and to float8 cannot be used."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if (major, minor) >= (8, 9) else f"compute capability {major}.{minor} has no float8, 8.9 has"

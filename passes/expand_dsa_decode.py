@@ -126,7 +126,7 @@ def _rewrite(module: fx.GraphModule, node: fx.Node, written: dict[tuple[Any, ...
     tokens = [
         builder.call(aten.reshape.default, one, [batch * q_len, 1, *one.meta["val"].shape[2:]]) for one in (q, weights)
     ]
-    options = {name: argument(node, name) for name in ("scale", "index_topk")}
+    options = {name: argument(node, name) for name in ("scale", "index_topk", "index_scales")}
     scores = builder.call(dsa_indexer_logits, *tokens, pages, table, lens, **options)
     made = builder.call(aten.view.default, scores, [batch, q_len, scores.meta["val"].shape[2]])
     node.replace_all_uses_with(made)

@@ -24,6 +24,7 @@ from autospec.ir.match import argument, calls
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import tag
 from autospec.ir.slots import Slot, find_slot
+from autospec.kernels.append_index_keys import append_index_keys
 from autospec.kernels.append_kv import append_kv
 from autospec.kernels.append_latent import append_latent
 from autospec.kernels.dsa_indexer_logits import dsa_indexer_logits
@@ -33,7 +34,8 @@ from autospec.kernels.paged_mla import paged_mla
 from autospec.kernels.tree_tables import node_positions, tree_tables
 
 _MASKED = (paged_attention, paged_mla, dsa_topk)  # ops that decide what a node sees
-_PLACED = (append_kv, append_latent, dsa_indexer_logits)  # ops that follow the rows of this call: append, or score up to them
+# Ops that follow the rows of this call: append, or score up to them.
+_PLACED = (append_kv, append_latent, append_index_keys, dsa_indexer_logits)
 
 
 @dataclass(frozen=True, kw_only=True)

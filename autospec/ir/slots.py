@@ -63,8 +63,8 @@ def placeholder_name(slot_name: str) -> str:
 
 
 def is_pages(slot: Slot) -> bool:
-    """Whether the slot is a buffer of K, V or latent pages, or of index keys."""
-    return slot.kind == "state" and slot.name.startswith(("k_pages.", "v_pages.", "latent_pages.", "index_pages."))
+    """Whether the slot is a buffer of K, V or latent pages, or of index keys or their scales."""
+    return slot.kind == "state" and slot.name.startswith(("k_pages.", "v_pages.", "latent_pages.", "index_pages.", "index_scale_pages."))
 
 
 def assign_slot(node: fx.Node, slot: Slot) -> None:

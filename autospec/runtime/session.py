@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autospec.errors import CapacityError
+from autospec.kernels.append_index_keys import dequantize_keys
 from autospec.program import Program
 from autospec.runtime.companions import READ_ALONE_FROM, Narrow, Reader
 from autospec.runtime.delivery import COUNTERS, Delivery, Emit, counters
@@ -150,8 +151,12 @@ class Session:
         return self._committed(f"latent_pages.{layer}", row, length)
 
     def committed_index_keys(self, row: int, layer: int, length: int) -> Tensor:
-        """Rows 0 ... length-1 of a request in the cache of an indexer: [length, index_head_dim]."""
-        return self._committed(f"index_pages.{layer}", row, length)
+        """Rows 0 ... length-1 of a request in the cache of an indexer: [length, index_head_dim]; of float8 keys, what they
+        stand for."""
+        keys = self._committed(f"index_pages.{layer}", row, length)
+        if (scales := f"index_scale_pages.{layer}") not in self.state:
+            return keys
+        return dequantize_keys(keys, self._committed(scales, row, length))
 
     def _committed(self, name: str, row: int, length: int) -> Tensor:
         size = self.program.shape.page_size

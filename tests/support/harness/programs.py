@@ -127,13 +127,16 @@ class Workshop:
     def session(
         self, drafter: str = "plain", *, target: str = "target", sampling: bool = False, batch: int = BATCH,
         draft_len: int = L, page: int = PAGE, chunk: int = CHUNK, has_reader: bool = False, buckets: tuple[int, ...] = (),
+        index_quantization: str | None = None,
     ) -> Session:  # fmt: skip
-        key = (drafter, target, sampling, batch, draft_len, page, chunk, has_reader, buckets)
+        key = (drafter, target, sampling, batch, draft_len, page, chunk, has_reader, buckets, index_quantization)
         if key not in self._sessions:
             speculation, draft = DRAFTERS[drafter]
             if drafter == "ngram" and draft_len != L:
                 speculation = NGramConfig(max_draft_len=draft_len, max_matching_ngram_size=3)
-            shape = Shape(batch, LENGTH, page, chunk, tree_of(speculation), sampling)
+            shape = Shape(
+                batch, LENGTH, page, chunk, tree_of(speculation), sampling, index_quantization=index_quantization
+            )
             build = functools.partial(
                 self._build, captured(target), captured(draft) if draft else None, speculation
             )

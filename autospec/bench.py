@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from autospec.api import Limits, OptimizedModel, optimize
 from autospec.arguments import Parser, check_at_least, check_files, check_temperature, sizes
-from autospec.benching import artifact, grid, grid_report, profile, shape
+from autospec.benching import artifact, grid, grid_report, profile, selection, shape
 from autospec.benching.contenders import TRANSFORMERS, Contender, Ours, Timed, Transformers, in_turn
 from autospec.benching.differences import compare
 from autospec.benching.picture import draw
@@ -105,6 +105,8 @@ def run(arguments: Sequence[str]) -> int:
     print("\n" + table(bench))
     for one in bench.sweeps:
         print("\n" + sweep_table(one, asked.model))
+    if bench.selection is not None:
+        print("\n" + bench.selection.text())
     if asked.json:
         asked.json.write_text(json.dumps(as_json(bench), indent=1) + "\n")
     if asked.picture:
@@ -139,7 +141,7 @@ def measure(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation
     module = _load(asked)
     title = _title(asked, module, len(prompts), (1,))
     print(", ".join(str(value) for value in title.values()))
-    runs = build(module, asked.compile, prompts, options, drafters)
+    runs = build(module, asked.compile, prompts, options, drafters, asked.index_quantization)
     baseline = None if asked.without_transformers else Transformers(module)
     reference = time_runs(runs, prompts, options, asked.repeats, baseline)
     for one in tqdm(runs[1:], desc="recording steps", leave=False):
@@ -150,7 +152,8 @@ def measure(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculation
     runs[0].steps = [[] for _ in prompts]
     split_steps(runs, prompts)
     sweeps = _sweeps(asked, runs, prompts, options) if asked.sweep_tree else []
-    bench = Bench(title, runs, sweeps, reference, must_equal=asked.temperature == 0)
+    selected = _selection(asked, runs[0].fast, prompts, options, module)
+    bench = Bench(title, runs, sweeps, reference, must_equal=asked.temperature == 0 and selected is None, selection=selected)
     explaining = module if asked.temperature == 0 else None
     outputs = {run.name: run.outputs for run in runs[1:]}
     if reference is not None and bench.must_equal:
@@ -173,23 +176,38 @@ def _by_cell(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculatio
     prompts, options = prompts_for(asked.model, asked.prompts), _options(asked)
     module = _load(asked)
     cells = [(batch, length) for length in asked.prompt_lengths or (None,) for batch in asked.batch_sizes or (1,)]
-    models = captured(module, asked.compile, drafters, Limits(None, None, None), rates)
+    limits = Limits(None, None, None, index_quantization=asked.index_quantization)
+    models = captured(module, asked.compile, drafters, limits, rates)
     grid.check_room(prompts, cells, asked.new_tokens, models[0].fast.target.facts.max_positions, WHERE)
     title = _title(asked, module, len(prompts), asked.batch_sizes or (1,))
     print(", ".join(str(value) for value in title.values()))
     contenders: list[Contender] = [] if asked.without_transformers else [Transformers(module)]
     contenders += [Ours(run.name, run.fast) for run in models]
     synthetic = {run.name: profile.mean_length(one) for run, one in zip(models[1:], rates, strict=True) if one}
-    found = grid.measure(contenders, prompts, cells, options, asked.repeats, synthetic)
-    return grid_report.report(found, title, asked.json, asked.picture)
+    found = grid.measure(contenders, prompts, cells, options, asked.repeats, synthetic, asked.index_quantization is not None)
+    selected = _selection(asked, models[0].fast, prompts, options, module)
+    return grid_report.report(found, title, asked.json, asked.picture, selected)
+
+
+def _selection(
+    asked: argparse.Namespace, plain: OptimizedModel, prompts: Sequence[list[int]], options: Any, module: Any
+) -> selection.Selection | None:
+    """What quantised index keys change; None: there are none."""
+    if asked.index_quantization is None:
+        return None
+    limits = replace(plain.limits, index_quantization=None)
+    exact = OptimizedModel(plain.target, None, None, asked.compile, limits, plain.generation_defaults)
+    return selection.measure(plain, exact, prompts, options, module if asked.temperature == 0 else None)
 
 
 def build(
-    module: Any, compile: str, prompts: Sequence[list[int]], options: Any, drafters: Sequence[tuple[str, Speculation]]
-) -> list[Run]:
+    module: Any, compile: str, prompts: Sequence[list[int]], options: Any, drafters: Sequence[tuple[str, Speculation]],
+    index_quantization: str | None = None,
+) -> list[Run]:  # fmt: skip
     """Plain decoding and the drafters on one captured target, compiled."""
     longest = max(map(len, prompts)) + options["max_new_tokens"]
-    runs = captured(module, compile, drafters, Limits(1, -(-longest // 32) * 32, None))
+    limits = Limits(1, -(-longest // 32) * 32, None, index_quantization=index_quantization)
+    runs = captured(module, compile, drafters, limits)
     for run in tqdm(runs, desc="compiling", leave=False):
         run.fast._weights.update(runs[0].fast.program.weights)  # fused ones are made once
         run.fast.generate([prompts[0]], **options)
@@ -205,7 +223,7 @@ def captured(
     Args:
         rates: synthetic acceptance of each drafter by depth; none: the target decides.
     """
-    plain = optimize(module, None, compile=compile)
+    plain = optimize(module, None, compile=compile, index_quantization=limits.index_quantization)
     plain.limits = replace(limits, max_length=limits.max_length and min(limits.max_length, plain.target.facts.max_positions))
     runs, drafts = [Run(grid.PLAIN, "", plain)], {}
     for (asked, speculation), accepted in zip(drafters, rates or [()] * len(drafters), strict=True):
@@ -306,6 +324,7 @@ def _title(asked: argparse.Namespace, module: Any, prompts: int, batches: Sequen
         "model": asked.model, "dtype": str(weight.dtype).removeprefix("torch."), "device": where,
         "torch": f"torch {torch.__version__}", "compile": asked.compile, "decoding": f"{how}, batch {', '.join(map(str, batches))}",
         "prompts": f"{prompts} prompt{'s' * (prompts > 1)}", "new_tokens": f"{asked.new_tokens} new tokens each",
+        **({"index_keys": "index keys in float8"} if asked.index_quantization else {}),
     }  # fmt: skip
 
 

@@ -163,7 +163,9 @@ def _optimized(asked: argparse.Namespace) -> Any:
         if asked.compile == "aot":
             raise OptionError("packages belong to an artifact", at="--compile aot", where=asked.model,
                               help=f"run `autospec export {asked.model} --compile aot -o DIR` first")  # fmt: skip
-        fast = optimize(_model(asked), speculation_of(asked), compile=asked.compile or "inductor")
+        fast = optimize(
+            _model(asked), speculation_of(asked), compile=asked.compile or "inductor", index_quantization=asked.index_quantization
+        )
     fast.show_progress = True
     return fast
 
@@ -175,6 +177,9 @@ def _loaded(asked: argparse.Namespace) -> Any:
     if asked.dtype is not None:
         raise OptionError("an artifact has the dtype it was exported with", at="--dtype", where=asked.model,
                           help=f"leave it out, or export the model again with --dtype {asked.dtype}")  # fmt: skip
+    if asked.index_quantization is not None:
+        raise OptionError("an artifact has the index keys it was exported with", at="--index-quantization", where=asked.model,
+                          help="leave it out, or export the model again")  # fmt: skip
     for name in drafting:
         if getattr(asked, name) is not None:
             option = "--" + name.replace("_", "-")
@@ -198,6 +203,7 @@ def _export(asked: argparse.Namespace) -> int:
         _model(asked), asked.output, speculation_of(asked), batch_sizes=sizes, max_length=asked.max_length,
         sampling={"both": None, "greedy": False, "sampling": True}[asked.decoding], compile=asked.compile,
         overwrite=asked.force, page_size=asked.page_size, meta=asked.meta, progress=True,
+        index_quantization=asked.index_quantization,
     )  # fmt: skip
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(f"wrote {path}: {size / 1e6:.1f} MB")

@@ -30,6 +30,8 @@ def model_arguments(parser: argparse.ArgumentParser, *, or_artifact: bool = Fals
                         help="a static draft tree as paths of child ranks, such as [[0],[1],[0,0]]")  # fmt: skip
     parser.add_argument("--dynamic-tree-max-topk", type=int, default=None, metavar="K", help="grow a dynamic draft tree")
     parser.add_argument("--max-total-draft-tokens", type=int, default=None, metavar="M", help="nodes of a dynamic tree")
+    parser.add_argument("--index-quantization", default=None, choices=("fp8",),
+                        help="keep the keys by which sparse attention selects in 8 bits; may change tokens")  # fmt: skip
     if compiles:
         how = ("inductor", "eager", "aot") if or_artifact else ("inductor", "eager")
         packaged = "; aot: what an artifact was packaged with" if or_artifact else ""

@@ -133,7 +133,8 @@ def specialise(shape: Shape, q_len: int, *, is_length_given: bool = False, reads
     return [
         Stage("specialise", [SpecializeShapes(batch_size=shape.batch_size, q_len=q_len), FoldNoops()]),
         Stage("cache", [
-            PageIndexCache(**pages, quantization=shape.index_quantization), PageLatentCache(**pages, reads_prompt=reads_prompt), PageKvCache(**pages),
+            PageIndexCache(**pages, quantization=shape.index_quantization),
+            PageLatentCache(**pages, reads_prompt=reads_prompt), PageKvCache(**pages),
         ]),
     ]  # fmt: skip
 

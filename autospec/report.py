@@ -152,7 +152,10 @@ def memory_bytes(program: Program) -> dict[str, int]:
 def memory_plan(program: Program) -> list[str]:
     """Weights, pages and the rest of the state, in a line."""
     sizes = memory_bytes(program)
-    return [f"memory: weights {sizes['weights'] / 1e6:.1f} MB, pages {sizes['pages'] / 1e6:.1f} MB, "
+    kept = [slot for slot in program.state_slots().values() if slot.name.startswith(("index_pages.", "index_scale_pages."))]
+    size, form = sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in kept), program.shape.index_quantization
+    index_keys = f" (of these {'float8 ' if form else ''}index keys {size / 1e6:.2f} MB)" if kept else ""
+    return [f"memory: weights {sizes['weights'] / 1e6:.1f} MB, pages {sizes['pages'] / 1e6:.1f} MB{index_keys}, "
             f"other state {sizes['state'] / 1e6:.2f} MB"]  # fmt: skip
 
 

@@ -79,6 +79,7 @@ def run(arguments: Sequence[str]) -> int:
         "model": asked.model, "dtype": str(fast.target.facts.dtype).removeprefix("torch."), "device": str(fast.target.facts.device),
         "torch": f"torch {torch.__version__}", "compile": fast.compile, "prompts": f"{len(prompts)} prompts",
         "new_tokens": f"{asked.new_tokens} new tokens each",
+        **({"index_keys": "index keys in float8"} if fast.artifact.programs[0].shape.index_quantization else {}),
     }  # fmt: skip
     print(", ".join(map(str, title.values())))
     title["load_to_first_token_seconds"] = time.perf_counter() - start
@@ -88,8 +89,10 @@ def run(arguments: Sequence[str]) -> int:
         print(f"measured alone, without transformers' generate and plain decoding: {reason}")
     if asked.start_up:
         title |= _start_up(asked, fast, source, reason, prompts[0])
-    contenders = [*(_others(source, fast) if source else []), Ours(f"artifact, {fast.compile}", fast)]
-    found = grid.measure(contenders, prompts, cells, {"max_new_tokens": asked.new_tokens, "do_sample": False}, asked.repeats)
+    quantization = fast.artifact.programs[0].shape.index_quantization
+    contenders = [*(_others(source, fast, quantization) if source else []), Ours(f"artifact, {fast.compile}", fast)]
+    options = {"max_new_tokens": asked.new_tokens, "do_sample": False}
+    found = grid.measure(contenders, prompts, cells, options, asked.repeats, is_quantized=quantization is not None)
     return grid_report.report(found, title, asked.json, asked.picture)
 
 
@@ -114,14 +117,16 @@ def _source(asked: str | None, fast: LoadedModel) -> tuple[str | None, str]:
     return None, f"the model that was exported, '{source}', is not here; name it with --against MODEL"
 
 
-def _others(source: str, fast: LoadedModel) -> list[Contender]:
-    """transformers' generate and plain decoding of the same model, in the artifact's dtype and on its device."""
+def _others(source: str, fast: LoadedModel, quantization: str | None) -> list[Contender]:
+    """transformers' generate and plain decoding of the same model, in the artifact's dtype and on its device, its index keys as
+    the artifact keeps them."""
     from autospec.api import optimize
     from autospec.loading import load_model
 
     facts = fast.target.facts
     module = load_model(source, "--against").to(device=facts.device, dtype=facts.dtype)
-    plain = optimize(module, None, compile="inductor" if fast.compile == "aot" else fast.compile)
+    how = "inductor" if fast.compile == "aot" else fast.compile
+    plain = optimize(module, None, compile=how, index_quantization=quantization)
     return [Transformers(module), Ours(grid.PLAIN, plain)]
 
 

@@ -82,19 +82,20 @@ class Cell:
 
 def measure(
     contenders: Sequence[Contender], prompts: Batch, cells: Sequence[tuple[int, int | None]], options: Mapping[str, Any],
-    repeats: int, synthetic: Mapping[str, float] | None = None,
+    repeats: int, synthetic: Mapping[str, float] | None = None, is_quantized: bool = False,
 ) -> list[Cell]:  # fmt: skip
     """Every contender in every cell.
 
     Args:
         cells: batch sizes and prompt lengths.
         synthetic: asked acceptance lengths of contenders whose tokens mean nothing, by name.
+        is_quantized: index keys are, so that the tokens of transformers may be others.
     """
     told, found = synthetic or {}, []
 
     def means_something(name: str) -> bool:
         """Whether the tokens must be those of the others: sampled tokens of transformers come from another stream."""
-        return name not in told and not (options["do_sample"] and name == TRANSFORMERS)
+        return name not in told and not ((options["do_sample"] or is_quantized) and name == TRANSFORMERS)
 
     for batch, length in tqdm(cells, desc="cells", leave=False):
         batches = batches_of(prompts, batch, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,15 +11,22 @@ from typing import Any
 from autospec.benching.contenders import TRANSFORMERS, spread
 from autospec.benching.grid import PLAIN, Cell, Result
 from autospec.benching.grid_picture import draw
+from autospec.benching.selection import Selection
 
 DIFFERS = "some tokens differ; in bfloat16 and float16 a near-tie can flip when a shape changes"
 
 
-def report(cells: Sequence[Cell], title: Mapping[str, Any], json_file: Path | None, picture: Path | None) -> int:
+def report(
+    cells: Sequence[Cell], title: Mapping[str, Any], json_file: Path | None, picture: Path | None,
+    selection: Selection | None = None,
+) -> int:  # fmt: skip
     """Print and save; 0 if all tokens that must be the same are."""
     print("\n" + table(cells))
+    if selection is not None:
+        print("\n" + selection.text())
     if json_file is not None:
-        json_file.write_text(json.dumps({**title, "runs": as_json(cells)}, indent=1) + "\n")
+        told = {} if selection is None else {"selection": dataclasses.asdict(selection)}
+        json_file.write_text(json.dumps({**title, "runs": as_json(cells), **told}, indent=1) + "\n")
     if picture is not None:
         draw(cells, ", ".join(str(title[name]) for name in ("model", "dtype", "device", "torch", "compile")), picture)
         print(f"\npicture: {picture}")

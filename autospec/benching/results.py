@@ -8,6 +8,7 @@ from autospec.api import OptimizedModel
 from autospec.benching.contenders import Timed
 from autospec.benching.differences import Differences
 from autospec.benching.record import Acceptance, Key, NodeRate, Step, acceptance, node_rates, outside_loops
+from autospec.benching.selection import Selection
 from autospec.benching.sweep import Sweep
 from autospec.config import tree_of
 from autospec.runtime.metrics import Metrics
@@ -111,8 +112,10 @@ class Bench:
         runs: plain first.
         sweeps: of --sweep-tree.
         reference: transformers' generate by prompt, if it was measured.
-        must_equal: whether its tokens must be those of plain decoding: sampled ones come from another stream.
+        must_equal: whether its tokens must be those of plain decoding: sampled ones come from another stream, and quantised
+            index keys may change them.
         differences: of whatever should have plain decoding's tokens and has others.
+        selection: what quantised index keys changed; None: keys are as they are.
     """
 
     title: dict[str, str | int | float]
@@ -121,6 +124,7 @@ class Bench:
     reference: list[Timed] | None = None
     must_equal: bool = True
     differences: list[Differences] = field(default_factory=list)
+    selection: Selection | None = None
 
     @property
     def is_identical(self) -> bool:

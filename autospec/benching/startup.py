@@ -77,6 +77,7 @@ def optimising(
         "optimize": {
             "compile": compile, "max_batch_size": shape.batch_size, "max_length": shape.max_length, "page_size": shape.page_size,
             "exact": shape.is_exact and shape.tree.num_nodes, "passes": [f"-{name}" for name in sorted(artifact.left_out)],
+            "index_quantization": shape.index_quantization,
         },
     }  # fmt: skip
     return _run(asked)

@@ -154,6 +154,7 @@ def as_json(bench: Bench) -> dict[str, Any]:
         "runs": [*_reference_json(bench, plain), *(_run_json(run, plain, bench.reference_speed) for run in bench.runs)],
         "sweeps": [_sweep_json(one) for one in bench.sweeps],
         "differences": [dataclasses.asdict(one) for one in bench.differences],
+        "selection": None if bench.selection is None else dataclasses.asdict(bench.selection),
     }
 
 

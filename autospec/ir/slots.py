@@ -62,9 +62,12 @@ def placeholder_name(slot_name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in slot_name)
 
 
+_PAGES = ("k_pages.", "v_pages.", "latent_pages.", "index_pages.", "index_scale_pages.")
+
+
 def is_pages(slot: Slot) -> bool:
     """Whether the slot is a buffer of K, V or latent pages, or of index keys or their scales."""
-    return slot.kind == "state" and slot.name.startswith(("k_pages.", "v_pages.", "latent_pages.", "index_pages.", "index_scale_pages."))
+    return slot.kind == "state" and slot.name.startswith(_PAGES)
 
 
 def assign_slot(node: fx.Node, slot: Slot) -> None:

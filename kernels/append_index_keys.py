@@ -1,7 +1,8 @@
 """Write the index keys of this call's tokens into their pages, in 8 bits with a scale each (DeepSeek sparse attention).
 
-k [B, N, Di]; index_pages [num_pages, P, Di] float8_e4m3fn, index_scales [num_pages, P] float32; page_table [B, max_pages] int32;
-kv_lens [B] int32. Node j of a request goes to slot kv_lens + j. Physical page 0 is scratch, as for append_kv.
+index_k [B, N, Di]; index_pages [num_pages, P, Di] float8_e4m3fn (or uint8: its bits), index_scales [num_pages, P] float32;
+page_table [B, max_pages] int32; kv_lens [B] int32. Node j of a request goes to slot kv_lens + j. Physical page 0 is scratch, as
+for append_kv.
 
 A key stands for key * scale. A scale is the lowest power of two that leaves no element beyond the largest float8, 448: the
 checkpoints' own kernels keep such scales (ue8m0) in float32, and with them nothing but the rounding to float8 rounds, so
@@ -24,7 +25,6 @@ from autospec.kernels.launch import (
     gdc_launch_dependents,
     gdc_wait,
     jit,
-    no_float8,
     no_gpu,
     power_of_2,
     rows_of,
@@ -57,25 +57,38 @@ def dequantize_keys(keys: Tensor, scales: Tensor) -> Tensor:
 
 @kernel_op(mutates=("index_pages", "index_scales"))
 def append_index_keys(
-    k: Tensor, index_pages: Tensor, index_scales: Tensor, page_table: Tensor, kv_lens: Tensor
+    index_k: Tensor, index_pages: Tensor, index_scales: Tensor, page_table: Tensor, kv_lens: Tensor
 ) -> None:
-    """Write k [B, N, Di] to slots kv_lens + j, each row quantised by itself; mutates pages and scales."""
-    pages, offsets = slot_pages(kv_lens, k.shape[1], page_table, index_pages.shape[1])
-    keys, scales = quantize_keys(k)
-    index_pages.index_put_((pages, offsets), keys)
+    """Write index_k [B, N, Di] to slots kv_lens + j, each row quantised by itself; mutates pages and scales."""
+    pages, offsets = slot_pages(kv_lens, index_k.shape[1], page_table, index_pages.shape[1])
+    keys, scales = quantize_keys(index_k)
+    index_pages.index_put_((pages, offsets), keys.view(index_pages.dtype))
     index_scales.index_put_((pages, offsets), scales)
 
 
 def why_not_triton(args: Mapping[str, Any]) -> str | None:
-    """Rows are dense, and the GPU converts to float8."""
+    """Rows of pages stand one behind the other."""
+    if args["index_pages"].dtype not in (KEYS, torch.uint8):
+        return f"the pages are {args['index_pages'].dtype}, not float8_e4m3fn"
     for name in ("index_pages", "index_scales"):
         if not args[name].is_contiguous():
             return f"{name} is not contiguous"
-    return no_gpu(args) or no_float8(args["k"].device)
+    return no_gpu(args)
 
 
 # B requests (i_b), N nodes (i_n), D elements (o_d). One program quantises and writes a node's row.
 _INVERSE, _FLOOR, _FULL = constant(1 / LARGEST), constant(SMALLEST), constant(LARGEST)
+
+
+@jit
+def float8_bits(b_x):
+    """float32 of at most 448 -> the nearest float8_e4m3fn, ties to even, as uint8: sign, 4 bits of exponent (bias 7), 3 behind it.
+    Written out, for every GPU and the interpreter alike; NaN has all bits set."""
+    b_bits = tl.abs(b_x).to(tl.int32, bitcast=True)
+    b_normal = ((b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) >> 20) - (120 << 3)
+    b_small = (tl.abs(b_x) * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xF  # whole units of 2^-9, the smallest float8
+    b_code = tl.where(tl.abs(b_x) < 0.015625, b_small, b_normal) | ((b_x.to(tl.int32, bitcast=True) >> 24) & 128)
+    return tl.where(b_x == b_x, b_code, 127).to(tl.uint8)
 
 
 @jit
@@ -98,18 +111,18 @@ def append_key_rows(
     top = tl.maximum(tl.where(top < float("inf"), top, _FULL), _FLOOR)
     power = ((top * _INVERSE).to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
     inverse = ((254 << 23) - power).to(tl.float32, bitcast=True)
-    b_key = tl.where(m_finite, b_k * inverse, float("nan"))
+    b_key = float8_bits(tl.where(m_finite, b_k * inverse, float("nan")))
     p_row = page * PAGE + offset
-    tl.store(p_pages + p_row * D + o_d, b_key.to(p_pages.dtype.element_ty), mask=o_d < D)
+    tl.store(p_pages + p_row * D + o_d, b_key.to(p_pages.dtype.element_ty, bitcast=True), mask=o_d < D)
     tl.store(p_scales + p_row, power.to(tl.float32, bitcast=True))
 
 
 @append_index_keys.implementation("triton", why_not=why_not_triton, waits=True)
 def append_index_keys_triton(
-    k: Tensor, index_pages: Tensor, index_scales: Tensor, page_table: Tensor, kv_lens: Tensor
+    index_k: Tensor, index_pages: Tensor, index_scales: Tensor, page_table: Tensor, kv_lens: Tensor
 ) -> None:
     """One launch, one program per node."""
-    k = rows_of(k)
+    k = rows_of(index_k)
     batch, q_len, head_dim = k.shape
     wrap_triton(append_key_rows, waits=True)[(q_len, batch)](
         k, index_pages, index_scales, page_table, kv_lens, k.stride(0), k.stride(1), page_table.stride(0), page_table.shape[1],

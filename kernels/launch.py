@@ -121,5 +121,7 @@ def no_gpu(args: Mapping[str, Any]) -> str | None:
 
 def no_float8(device: torch.device) -> str | None:
     """Why a GPU's own conversions from and to float8 cannot be used."""
+    if not torch.cuda.is_available():
+        return "no GPU is there to ask for float8"
     major, minor = torch.cuda.get_device_capability(device)
     return None if (major, minor) >= (8, 9) else f"compute capability {major}.{minor} has no float8, 8.9 has"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness.wire import dump
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -30,7 +31,8 @@ class Interpreter:
     """The child process; calling it calls a function there. Arguments that the kernel writes come back written."""
 
     def __init__(self) -> None:
-        path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
+        folders = [str(HERE.parents[1]), str(HERE.parent / "support"), os.environ.get("PYTHONPATH")]
+        path = os.pathsep.join(filter(None, folders))
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "interpreter.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
@@ -39,8 +41,7 @@ class Interpreter:
     def __call__(self, place: str, name: str, *args: Any, **kwargs: Any) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        pickle.dump((place, name, args, kwargs), self.process.stdin)
-        self.process.stdin.flush()
+        dump((place, name, args, kwargs), self.process.stdin)
         error, result, written_args, written_kwargs = pickle.load(self.process.stdout)
         if error is not None:
             raise RuntimeError(f"in the interpreter:\n{error}")

@@ -28,6 +28,7 @@ def load(place: str):
 def main() -> None:
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     import torch
+    from harness.wire import dump
 
     torch.set_num_threads(1)
     while True:
@@ -40,8 +41,7 @@ def main() -> None:
             answer = (None, result, args, kwargs)
         except Exception:
             answer = (traceback.format_exc(), None, None, None)
-        pickle.dump(answer, answers)
-        answers.flush()
+        dump(answer, answers)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,15 @@ DSA: dict[str, tuple[str, Any]] = {
     "index scores, float32, 16 heads, page 16": ("score_slots", lambda: (
         "dsa_indexer_logits", torch.zeros(2, 4, 16, 128), torch.zeros(2, 4, 16), torch.zeros(9, 16, 128), ints(2, 64), ints(2),
         ints(2), 0.1, 0)),
+    "index scores, float8 keys": ("score_slots", lambda: (
+        "dsa_indexer_logits", torch.zeros(2, 4, 64, 128).bfloat16(), torch.zeros(2, 4, 64),
+        torch.zeros(9, 64, 128).to(torch.float8_e4m3fn), ints(2, 64), ints(2), None, 0.1, 2048, torch.zeros(9, 64))),
+    "index scores, float32, float8 keys": ("score_slots", lambda: (
+        "dsa_indexer_logits", torch.zeros(2, 4, 16, 128), torch.zeros(2, 4, 16), torch.zeros(9, 16, 128).to(torch.float8_e4m3fn),
+        ints(2, 64), ints(2), ints(2), 0.1, 0, torch.zeros(9, 16))),
+    "append index keys": ("append_key_rows", lambda: (
+        "append_index_keys", torch.zeros(2, 4, 128).bfloat16(), torch.zeros(9, 64, 128).to(torch.float8_e4m3fn),
+        torch.zeros(9, 64), ints(2, 64), ints(2))),
     "selection": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, None, None)),
     "selection, short": ("select_row", lambda: ("dsa_topk", torch.zeros(2, 4, 4096), ints(2), 2048, None, None)),
     "selection, tree": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, ints(2), ints(2, 40, 2))),

@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autospec.kernels.append_index_keys import dequantize_keys, quantize_keys
 from autospec.kernels.append_latent import append_latent
-from autospec.kernels.dsa_indexer_logits import dsa_indexer_logits, dsa_indexer_logits_triton, random_case, why_not_triton
+from autospec.kernels.dsa_indexer_logits import (
+    dsa_indexer_logits,
+    dsa_indexer_logits_triton,
+    random_case,
+    same_selection,
+    why_not_triton,
+)
 from autospec.kernels.dsa_topk import dsa_topk
 
 FILE = "autospec.kernels.dsa_indexer_logits"
@@ -30,6 +37,16 @@ class Case:
     q_lens: Tensor | None = None
     scale: float = 0.3
     index_topk: int = 0
+    index_scales: Tensor | None = None
+
+    def in_float8(self) -> Case:
+        """The same with keys quantised."""
+        index_pages, index_scales = quantize_keys(self.index_pages)
+        return replace(self, index_pages=index_pages, index_scales=index_scales)
+
+    def keys(self) -> Tensor:
+        """What the pages stand for."""
+        return self.index_pages if self.index_scales is None else dequantize_keys(self.index_pages, self.index_scales)
 
     def arguments(self) -> list:
         return list(vars(self).values())
@@ -60,7 +77,7 @@ def check(case: Case, out: Tensor, tolerance: float = 4e-6) -> None:
     for b in range(batch):
         length = int(case.kv_lens[b]) + q_len
         slots = torch.arange(length)
-        keys = case.index_pages[case.page_table[b].long()[slots // PAGE], slots % PAGE].double()
+        keys = case.keys()[case.page_table[b].long()[slots // PAGE], slots % PAGE].double()
         if length <= case.index_topk:
             continue
         for n in range(q_len if case.q_lens is None else int(case.q_lens[b])):
@@ -77,9 +94,11 @@ sizes = st.fixed_dictionaries({
 
 
 @settings(max_examples=12, deadline=None, print_blob=True)
-@given(seed=st.integers(0, 2**32 - 1), q_len=st.integers(1, 19), sizes=sizes, index_topk=st.sampled_from([0, 30]))
-def test_equals_a_loop(interpreted, seed, q_len, sizes, index_topk):
+@given(seed=st.integers(0, 2**32 - 1), q_len=st.integers(1, 19), sizes=sizes, index_topk=st.sampled_from([0, 30]),
+       is_float8=st.booleans())  # fmt: skip
+def test_equals_a_loop(interpreted, seed, q_len, sizes, index_topk, is_float8):
     case = make_case(seed, 2, q_len, **sizes, index_topk=index_topk)
+    case = case.in_float8() if is_float8 else case
     check(case, dsa_indexer_logits(*case.arguments()))
     check(case, interpreted(FILE, "dsa_indexer_logits_triton", *case.arguments()))
     check(ragged := replace(case, q_lens=torch.tensor([q_len // 2, q_len]).int()), dsa_indexer_logits(*ragged.arguments()))
@@ -93,9 +112,43 @@ def test_half_precision_is_summed_in_float32(interpreted):
     check(half, interpreted(FILE, "dsa_indexer_logits_triton", *half.arguments()))
 
 
-def test_a_node_does_not_depend_on_its_neighbours(interpreted):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float8_keys_beside_queries_of_16_bits(interpreted, dtype):
+    """Widened to what the queries are, which holds every float8: nothing more is rounded."""
+    case = make_case(2, heads=16, dim=16)
+    case = replace(case, index_q=case.index_q.to(dtype), index_pages=case.index_pages * 1e-3).in_float8()
+    check(case, dsa_indexer_logits(*case.arguments()))
+    if dtype == torch.float16:  # the interpreter's products know no bfloat16
+        check(case, interpreted(FILE, "dsa_indexer_logits_triton", *case.arguments()))
+
+
+def test_a_float8_key_that_is_no_number_leaves_the_others_alone():
+    case = replace(make_case(3, 1, 1), kv_lens=torch.tensor([20]).int())
+    case.index_pages[case.page_table[0, 2], 1] = float("nan")
+    out = dsa_indexer_logits(*case.in_float8().arguments())[0, 0, :21]
+    assert out.isnan().nonzero().flatten().tolist() == [2 * PAGE + 1]
+
+
+def test_float8_keys_leave_most_of_a_selection_as_it_was():
+    """Of random rows; the share is counted, so scales of other rows are seen in it."""
+    torch.manual_seed(0)
+    floats, rest = random_case(torch.device("cpu"), 1, 2, 900)
+    floats = floats[0], floats[1], floats[2] * torch.rand(*floats[2].shape[:2], 1)
+    rest = *rest[:4], 60
+    same = same_selection(floats, rest)
+    assert same.shape == (1, 2)
+    assert 0.9 < float(same.min()) < 1
+    shifted = lambda k: (quantize_keys(k)[0], quantize_keys(k)[1].roll(1, 1))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autospec.kernels.dsa_indexer_logits.quantize_keys", shifted)
+        assert float(same_selection(floats, rest).max()) < 0.9
+
+
+@pytest.mark.parametrize("is_float8", [False, True])
+def test_a_node_does_not_depend_on_its_neighbours(interpreted, is_float8):
     """To the bit: N nodes in one call equal N calls of one."""
     wide = make_case(3, 2, 11)
+    wide = wide.in_float8() if is_float8 else wide
     out = interpreted(FILE, "dsa_indexer_logits_triton", *wide.arguments())
     for n in range(11):
         parts = {name: getattr(wide, name)[:, n : n + 1] for name in ("index_q", "index_weights")}
@@ -113,6 +166,7 @@ PLANTED = {
     "weights without their sign": lambda c: replace(c, index_weights=c.index_weights.abs()),
     "pages of another request": lambda c: replace(c, page_table=c.page_table.flip(0)),
     "skipped a request that is longer": lambda c: replace(c, index_topk=10**6),
+    "scales of the next row": lambda c: replace(c.in_float8(), index_scales=c.in_float8().index_scales.roll(1, 1)),
 }  # fmt: skip
 
 
@@ -176,6 +230,26 @@ def test_why_not_triton():
                                         "index_pages": arguments["index_pages"].double()})  # fmt: skip
     assert "80 index heads" in why_not_triton({**arguments, "index_q": torch.zeros(1, 1, 80, 8)})
     assert "contiguous" in why_not_triton({**arguments, "index_pages": arguments["index_pages"][:, ::2]})
+    scaled = dsa_indexer_logits.bind(make_case(1).in_float8().arguments(), {})
+    assert "cpu" in why_not_triton(scaled)
+    assert "scaled keys are float8_e4m3fn" in why_not_triton({**scaled, "index_pages": arguments["index_pages"]})
+    assert "pages torch.float8_e4m3fn" in why_not_triton({**scaled, "index_scales": None})
+    assert "contiguous" in why_not_triton({**scaled, "index_scales": scaled["index_scales"].T})
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("q_len", [1, 3, 20])
+def test_float8_keys_on_a_gpu(cuda, q_len):
+    floats, rest = random_case(cuda, 3, q_len, 2100)
+    index_pages, index_scales = quantize_keys(floats[2] * torch.rand(*floats[2].shape[:2], 1, device=cuda))
+    keys = dequantize_keys(index_pages, index_scales)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        index_q = floats[0].to(dtype)
+        expected = dsa_indexer_logits.reference(index_q.double(), floats[1].double(), keys.double(), *rest)[..., : 2100 + q_len]
+        arguments = index_q, floats[1], index_pages, *rest, index_scales
+        assert why_not_triton(dsa_indexer_logits.bind(arguments, {})) is None
+        out = dsa_indexer_logits_triton(*arguments)[..., : 2100 + q_len]
+        assert float((out - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
 @pytest.mark.cuda

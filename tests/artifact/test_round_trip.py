@@ -14,7 +14,9 @@ from harness.artifacts import FAMILIES, KINDS, OPTIONS, PROMPTS, demo, family, s
 from harness.models import captured
 
 import autospec
+from autospec.api import Limits, OptimizedModel
 from autospec.artifact.weights import FILE
+from autospec.config import NGramConfig
 from autospec.errors import ArtifactError, CapacityError, OptionError
 from autospec.loaded import LoadedModel
 from autospec.runtime.artifact import StoredProgram
@@ -29,6 +31,28 @@ def test_every_kind_of_drafter_comes_back(drafter: str, written: Callable[[str],
         assert torch.equal(saved.generate(PROMPTS, max_new_tokens=24, **options), expected), options
         if drafter != "auto":  # whose draft lengths follow measured times
             assert saved.metrics.mean_acceptance_length == fast.metrics.mean_acceptance_length, "the drafts are the same, too"
+
+
+@pytest.mark.xdist_group("sparse")
+def test_index_keys_stay_in_float8(tmp_path: Path) -> None:
+    """The state's layout says so, and the tokens, which are not those of keys as they are, come back."""
+    def optimized(form: str | None) -> OptimizedModel:
+        limits = Limits(1, 64, None, index_quantization=form)
+        return OptimizedModel(captured("sparse"), None, NGramConfig(max_draft_len=3), "eager", limits, {"pad_token_id": 0})
+
+    exact, coarse = (optimized(form).generate(PROMPTS[:1], max_new_tokens=24, do_sample=False) for form in (None, "fp8"))
+    assert not torch.equal(exact, coarse)
+    folder = optimized("fp8").save(tmp_path / "exported", sampling=False)
+    (program,) = json.loads((folder / "manifest.json").read_text())["programs"]
+    assert program["shape"]["index_quantization"] == "fp8"
+    kept = {name: slot["dtype"] for name, slot in program["slots"].items() if name.startswith("index_")}
+    assert kept == {"index_pages.0": "float8_e4m3fn", "index_pages.1": "float8_e4m3fn",
+                    "index_scale_pages.0": "float32", "index_scale_pages.1": "float32"}  # fmt: skip
+    loaded = autospec.load(folder, compile="eager")
+    assert torch.equal(loaded.generate(PROMPTS[:1], max_new_tokens=24, do_sample=False), coarse)
+    told = loaded.explain()
+    assert "index keys in float8: 12 bytes a token with the scale instead of 32" in told
+    assert "of these float8 index keys" in told
 
 
 @pytest.mark.xdist_group("demo artifacts")

@@ -99,7 +99,7 @@ def appended(write: Write, before: tuple[Tensor, Tensor], *rest: Tensor) -> tupl
     return pages, scales
 
 
-@settings(max_examples=15, deadline=None, print_blob=True)
+@settings(max_examples=8, deadline=None, print_blob=True)
 @given(seed=st.integers(0, 2**32 - 1), q_len=st.integers(1, 9), dim=st.sampled_from([4, 12, 16]),
        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))  # fmt: skip
 def test_append_writes_its_slots_and_no_others(interpreted, seed, q_len, dim, dtype):
@@ -107,7 +107,8 @@ def test_append_writes_its_slots_and_no_others(interpreted, seed, q_len, dim, dt
     g = torch.Generator().manual_seed(seed)
     pages, scales, table = buffers(g, 3, 6, dim)
     kv_lens = torch.randint(0, 6 * PAGE + 3, (3,), generator=g).int()
-    k = (torch.randn(3, q_len, dim + 3, generator=g) * torch.rand(3, q_len, 1, generator=g)).to(dtype)[..., :dim]  # of a wider tensor
+    wider = torch.randn(3, q_len, dim + 3, generator=g) * torch.rand(3, q_len, 1, generator=g)
+    k = wider.to(dtype)[..., :dim]
     k[0, 0] = 0
     for write in (append_index_keys, lambda *args: interpreted(FILE, "append_index_keys_triton", *args)):
         check_append((pages, scales), appended(write, (pages, scales), k, table, kv_lens), k, table, kv_lens)
@@ -121,8 +122,9 @@ def test_triton_treats_what_is_no_number_as_the_reference_does(interpreted):
     theirs = appended(append_index_keys, (pages, scales), *rest)
     mine = appended(lambda *args: interpreted(FILE, "append_index_keys_triton", *args), (pages, scales), *rest)
     assert torch.equal(mine[1], theirs[1])
-    for one in range(1, 4):
-        assert torch.equal(rows(mine[0], table).float()[0, one].nan_to_num(-7), rows(theirs[0], table).float()[0, one].nan_to_num(-7))
+    stored = [rows(pages, table).float()[0, 1:4].nan_to_num(-7) for pages, _ in (mine, theirs)]
+    assert torch.equal(*stored)
+    assert (stored[0] == -7).nonzero().tolist() == [[0, 2], [1, 5]]
 
 
 def test_triton_rounds_ties_to_even(interpreted):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness.graphs import after, apply, check_golden, evaluate
-from harness.indexers import BATCH, PAGE, PAGES_PER_ROW, captured, paged, state_of
+from harness.indexers import BATCH, PAGE, PAGES_PER_ROW, SIZES, captured, paged, state_of, static
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
@@ -24,21 +24,24 @@ from autospec.kernels.registry import Implementation, of_widths
 from autospec.passes import expand_dsa_decode
 from autospec.passes.expand_dsa_decode import ExpandDsaDecode
 from autospec.passes.mask_tree import MaskTree
+from autospec.passes.page_index_cache import PageIndexCache
+from autospec.passes.page_latent_cache import PageLatentCache
 from autospec.passes.widen_decode import FeedPrompt, WidenDecode
 
 ALWAYS = ExpandDsaDecode(route="expanded")
 WIDEST = 9
 
 
-def step(next_n: int, is_tree: bool = False) -> fx.GraphModule:
+def step(next_n: int, is_tree: bool = False, quantization: str | None = None) -> fx.GraphModule:
     widened = WidenDecode(batch_size=BATCH, next_n=next_n, max_nodes=WIDEST, max_position=PAGE * PAGES_PER_ROW)
     masked = [MaskTree(batch_size=BATCH, num_nodes=next_n)] if is_tree else []
-    return after(paged(next_n), widened, *masked)
+    index_cache = PageIndexCache(**SIZES, quantization=quantization)
+    return after(static(next_n, True, True), index_cache, PageLatentCache(**SIZES), widened, *masked)
 
 
-def strict(q, weights, pages, page_table, kv_lens, q_lens=None, scale=1.0, index_topk=0):
+def strict(q, weights, pages, page_table, kv_lens, q_lens=None, scale=1.0, index_topk=0, index_scales=None):
     """The op, with the worst in every slot that it leaves unspecified."""
-    scores = dsa_indexer_logits(q, weights, pages, page_table, kv_lens, q_lens, scale, index_topk)
+    scores = dsa_indexer_logits(q, weights, pages, page_table, kv_lens, q_lens, scale, index_topk, index_scales)
     slots = torch.arange(scores.shape[2])
     scores = torch.where((slots < (kv_lens + q.shape[1])[:, None])[:, None], scores, 1e9)
     return torch.where((kv_lens + q.shape[1] <= index_topk)[:, None, None], -slots.float(), scores)
@@ -56,11 +59,17 @@ def selected(module: fx.GraphModule, state: dict[str, torch.Tensor], **instead) 
     return [one.clone() for one in evaluate(chosen, values)]
 
 
-def case(next_n: int, is_tree: bool, seed: int, lens: list[int]) -> tuple[fx.GraphModule, fx.GraphModule, dict[str, torch.Tensor]]:
+def case(
+    next_n: int, is_tree: bool, seed: int, lens: list[int], quantization: str | None = None
+) -> tuple[fx.GraphModule, fx.GraphModule, dict[str, torch.Tensor]]:
     """The step in both forms, and a state."""
     generator = torch.Generator().manual_seed(seed)
-    native, expanded = step(next_n, is_tree), after(step(next_n, is_tree), ALWAYS)
+    native = step(next_n, is_tree, quantization)
+    expanded = after(native, ALWAYS)
     state = state_of(expanded, generator)
+    for name in state:
+        if name.startswith("index_scale_pages."):
+            state[name].abs_()
     state["kv_lens"].copy_(torch.tensor(lens))
     state["draft_tokens"].copy_(torch.randint(0, 16, (BATCH, WIDEST), generator=generator))
     state["expanded_lens.0"].fill_(1)  # of an earlier step
@@ -72,9 +81,9 @@ def case(next_n: int, is_tree: bool, seed: int, lens: list[int]) -> tuple[fx.Gra
 
 @settings(max_examples=15, deadline=None)
 @given(next_n=st.sampled_from([2, 3, 4, 8]), is_tree=st.booleans(), seed=st.integers(0, 999),
-       lens=st.lists(st.integers(0, 23), min_size=2, max_size=2))
-def test_both_routes_select_the_same_slots(next_n, is_tree, seed, lens):
-    native, expanded, state = case(next_n, is_tree, seed, lens)
+       lens=st.lists(st.integers(0, 23), min_size=2, max_size=2), quantization=st.sampled_from([None, "fp8"]))
+def test_both_routes_select_the_same_slots(next_n, is_tree, seed, lens, quantization):
+    native, expanded, state = case(next_n, is_tree, seed, lens, quantization)
     plain = selected(native, state)
     for logits in (dsa_indexer_logits.op, strict):
         for mine, theirs in zip(selected(expanded, state, dsa_indexer_logits=logits), plain, strict=True):

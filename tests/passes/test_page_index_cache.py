@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness.graphs import VOCAB, after, apply, check_golden, evaluate
+from harness.graphs import VOCAB, after, apply, check_golden, evaluate, renamed
 from harness.indexers import BATCH, PAGE, PAGES_PER_ROW, SIZES, captured, indexers, paged, state_of, static, written
 from harness.latents import concatenated, latent_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 
 from autospec.ir.match import argument, calls
 from autospec.ir.slots import slots
 from autospec.ir.text import graph_text
+from autospec.kernels.append_index_keys import append_index_keys
 from autospec.kernels.append_latent import append_latent
 from autospec.kernels.compact_kv import compact_kv
 from autospec.kernels.dsa_indexer_logits import dsa_indexer_logits
@@ -32,6 +33,34 @@ from autospec.passes.widen_decode import FeedPrompt
 
 def test_text() -> None:
     check_golden("page_index_cache", graph_text(after(static(3, True), PageIndexCache(**SIZES))))
+
+
+def in_float8(q_len: int, *which: bool) -> fx.GraphModule:
+    return after(static(q_len, *which), PageIndexCache(**SIZES, quantization="fp8"), PageLatentCache(**SIZES))
+
+
+def test_text_in_float8() -> None:
+    """What concerns index keys; the rest is that of the text above."""
+    graph = after(static(3, True), PageIndexCache(**SIZES, quantization="fp8"))
+    lines = [line for line in renamed(graph_text(graph)).splitlines(keepends=True) if "index_" in line]
+    check_golden("page_index_cache.float8", "".join(lines))
+
+
+def test_float8_keys_take_scales_along() -> None:
+    """Shared selections, a draft's place, a tree's level and a second run."""
+    graph = in_float8(3, True, False, True)
+    assert apply(graph, PageIndexCache(**SIZES, quantization="fp8"))[0].count == 0
+    kept = {slot.name: (slot.shape, slot.dtype) for slot in slots(graph) if slot.name.startswith("index_")}
+    rows = SIZES["num_pages"], PAGE
+    assert kept == {**{f"index_pages.{n}": ((*rows, 6), torch.float8_e4m3fn) for n in (0, 1)},
+                    **{f"index_scale_pages.{n}": (rows, torch.float32) for n in (0, 1)}}  # fmt: skip
+    moved = after(graph, OffsetDraftLayers(layer_idx_offset=7))
+    assert {slot.name for slot in slots(moved) if slot.name.startswith("index_")} == {
+        f"index_{kind}.{n}" for kind in ("pages", "scale_pages") for n in (7, 8)
+    }
+    level = after(graph, MaskTree(batch_size=BATCH, num_nodes=3, is_mask_given=True))
+    for node in calls(level, (append_index_keys, append_latent, dsa_indexer_logits)):
+        assert node.args[-1].name == "append_lens"
 
 
 def test_again_finds_nothing() -> None:

@@ -31,14 +31,17 @@ class InFloat32(TorchDispatchMode):
 
     Attributes:
         chooses: whether an op that chooses by score ran.
+        widens: whether an op was given half-precision numbers.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.chooses = False
+        self.chooses = self.widens = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        self.widens |= any(isinstance(leaf, Tensor) and leaf.dtype in HALF for leaf in leaves)
         kernel = find(func)
         if kernel is not None and not kernel.mutates:
             with self:

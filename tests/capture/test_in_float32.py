@@ -51,17 +51,23 @@ def test_wrong_experts_are_refused_in_half_precision(monkeypatch, bug, model_typ
         capture_model(half_model(model_type))
 
 
-@pytest.mark.parametrize(("chooses", "is_defect", "outcome"), [
-    (True, False, None), (True, True, "in float32 too"), (False, False, "allowed 5e-02"),
-])
-def test_only_a_choice_by_score_is_looked_at_again(chooses, is_defect, outcome):
-    """Two ways to add numbers that bfloat16 tells apart: 256 + 1 is 256 there."""
-    x = torch.tensor([256.0, 1.0, -256.0]).bfloat16()
+@pytest.mark.parametrize(("chooses", "dtypes", "is_defect", "outcome"), [
+    (True, (torch.bfloat16, torch.bfloat16), False, None),
+    (True, (torch.bfloat16, torch.bfloat16), True, "in float32 too"),
+    (False, (torch.bfloat16, torch.bfloat16), False, "allowed 5e-02"),
+    (False, (torch.bfloat16, torch.float32), False, None),
+    (False, (torch.bfloat16, torch.float32), True, "in float32 too"),
+    (True, (torch.float32, torch.float32), True, "they differ: relative error 1.0e-01"),
+])  # fmt: skip
+def test_only_choices_and_rounded_numbers_are_looked_at_again(chooses, dtypes, is_defect, outcome):
+    """Two ways to add numbers that bfloat16 tells apart: 256 + 1 is 256 there. The sums are in `dtypes`, and widened."""
+    computed, returned = dtypes
+    x = torch.tensor([256.0, 1.0, -256.0], dtype=computed)
 
     def run(_: Tensor | None) -> tuple[Tensor, Tensor]:
         if chooses:
             x.topk(2)
-        return x[0] + x[1] + x[2] + (0.1 if is_defect else 0.0), x[0] + x[2] + x[1]
+        return (x[0] + x[1] + x[2] + (0.1 if is_defect else 0.0)).to(returned), (x[0] + x[2] + x[1]).to(returned)
 
     if outcome is None:
         return check_logits("here", run, "they differ", "")

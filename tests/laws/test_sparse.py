@@ -128,24 +128,19 @@ def sparse_tree(workshop: Workshop) -> None:
     tree_laws.draft_caches_stay_fresh(workshop, "sparse twin static", 9, "sparse")
 
 
-@ONE_WORKER
-def test_lossless_with_sinks(workshop: Workshop) -> None:
-    """Of a softmax's denominator a head's sink takes its share, once; chains and trees, seeded."""
-    pytest.importorskip("transformers.models.hy_v4")
-    laws.lossless_for_any_draft(workshop, sampling=WARM, target="sinks")
-    tree_laws.lossless_for_any_tree(workshop, 2, WARM, "sinks", truth=0.7)
-
-
 def _sinks_forgotten(op: Any, *args: Any, sinks: Tensor, **kwargs: Any) -> Any:
     return op(*args, **kwargs)
 
 
 @ONE_WORKER
-def test_forgotten_sinks_are_caught() -> None:
+def test_lossless_with_sinks_and_not_without(workshop: Workshop) -> None:
+    """Chains and trees, seeded; the same law catches a step that forgets what sinks take."""
     pytest.importorskip("transformers.models.hy_v4")
+    laws.lossless_for_any_draft(workshop, sampling=WARM, target="sinks")
+    tree_laws.lossless_for_any_tree(workshop, 2, WARM, "sinks", truth=0.7)
     plant = Plant("sinks forgotten", "paged_sparse_mla", _sinks_forgotten, ("step",))
     with pytest.raises(AssertionError):
-        laws.lossless_for_any_draft(Workshop(plant), target="sinks")
+        laws.lossless_for_any_draft(Workshop(plant), sampling=WARM, target="sinks")
 
 
 @ONE_WORKER

@@ -201,9 +201,10 @@ def refuse_page_copies(sources: Iterable[str], state: Iterable[Slot]) -> None:
     """Raise LoweringError if generated code allocates a buffer with the very shape of a page buffer.
 
     Pages are written in place; Inductor clones a buffer silently when it cannot prove that this is safe, which would
-    cost a copy of the whole cache per layer and step.
+    cost a copy of the whole cache per layer and step. Pages of numbers (the scales of float8 index keys) are small, and
+    many an activation has two dimensions: they are left out.
     """
-    pages = {slot.shape: slot for slot in state if is_pages(slot)}
+    pages = {slot.shape: slot for slot in state if is_pages(slot) and len(slot.shape) > 2}
     for source in sources:
         for sizes in allocated_sizes(source):
             if sizes in pages:

@@ -173,19 +173,17 @@ def expand(args: Mapping[str, Any]) -> dict[str, Any]:
 @dsa_indexer_logits.sampler
 def sample(args: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
     """Random rows, pages in a random order, and texts that fill them, so that every score is specified."""
-    made = {
+    floats = {
         name: torch.empty(args[name].shape, device=generator.device).normal_(generator=generator)
         for name in ("index_q", "index_weights", "index_pages")
     }
-    scaled = {} if args["index_scales"] is None else dict(zip(_SCALED, quantize_keys(made["index_pages"]), strict=True))
-    floats = {name: (made | scaled)[name].to(args[name].dtype) for name in made} | scaled
+    if args["index_scales"] is not None:
+        floats["index_pages"], floats["index_scales"] = quantize_keys(floats["index_pages"])
+    floats = {name: tensor.to(args[name].dtype) for name, tensor in floats.items()}
     places = sample_places({**args, "tree_mask": None}, args["index_q"].shape[1], args["index_pages"], generator)
     capacity = args["page_table"].shape[1] * args["index_pages"].shape[1]
     places["kv_lens"] = torch.full_like(places["kv_lens"], capacity - args["index_q"].shape[1])
     return {**args, **floats, **places, "index_topk": 0}
-
-
-_SCALED = ("index_pages", "index_scales")
 
 
 def random_case(

@@ -109,6 +109,9 @@ def test_page_copies_are_found_in_generated_code() -> None:
     state = [Slot("state", "v_pages.3", (5, 4, 2, 8))]
     # An activation may well have as many elements: batch 1, 20 rows, 16 wide.
     refuse_page_copies(["buf0 = empty_strided_cpu((1, 20, 16), (320, 16, 1), torch.float32)"], state)
+    # Nor is one of two dimensions taken for a copy of scales.
+    scales = [*state, Slot("state", "index_scale_pages.0", (17, 64))]
+    refuse_page_copies(["buf0 = empty_strided_cpu((17, 64), (64, 1), torch.float32)"], scales)
     copies = (
         "buf0 = empty_strided_cpu((5, 4, 2, 8), (64, 16, 8, 1), torch.float32)",
         "static constexpr int64_t int_array_7[] = {5L, 4L, 2L, 8L};\n"

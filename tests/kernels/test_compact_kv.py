@@ -70,6 +70,20 @@ def test_every_accept_count(interpreted, length):
         check_compact(pages, moved, *case)
 
 
+def test_float8_keys_move_with_their_scales(interpreted):
+    """Rows [Di] of float8, and one number each."""
+    g = torch.Generator().manual_seed(4)
+    pages = [torch.randn(9, PAGE, 6, generator=g).to(torch.float8_e4m3fn), torch.randn(9, PAGE, generator=g)]
+    table = (1 + torch.randperm(8, generator=g)).reshape(2, 4).int()
+    case = table, torch.tensor([3, 6]).int(), torch.tensor([[0, 2, 5], [0, 1, -1]]).int(), torch.tensor([2, 1]).int()
+    for move in (compact_kv, lambda *args: interpreted(FILE, "compact_kv_triton", *args)):
+        moved = [one.clone() for one in pages]
+        move(moved, *case)
+        for before, after in zip(pages, moved, strict=True):
+            bits = [one.view(torch.uint8) if one.dtype == torch.float8_e4m3fn else one for one in (before, after)]
+            check_compact(*bits, *case)
+
+
 def test_compacting_a_chain_changes_nothing(interpreted):
     (pages,), table = paged(torch.Generator().manual_seed(3), 2, 4, 4)
     path = torch.tensor([[0, 1, 2, 3], [0, 1, -1, -1]]).int()

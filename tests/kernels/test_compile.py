@@ -209,6 +209,9 @@ DSA: dict[str, tuple[str, Any]] = {
     "append index keys": ("append_key_rows", lambda: (
         "append_index_keys", torch.zeros(2, 4, 128).bfloat16(), torch.zeros(9, 64, 128).to(torch.float8_e4m3fn),
         torch.zeros(9, 64), ints(2, 64), ints(2))),
+    "compacting float8 keys and scales": ("move_rows", lambda: (
+        "compact_kv", [torch.zeros(9, 64), torch.zeros(9, 64, 128).to(torch.float8_e4m3fn)], ints(2, 4), ints(2), ints(2, 9),
+        ints(2))),
     "selection": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, None, None)),
     "selection, short": ("select_row", lambda: ("dsa_topk", torch.zeros(2, 4, 4096), ints(2), 2048, None, None)),
     "selection, tree": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, ints(2), ints(2, 40, 2))),

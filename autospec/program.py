@@ -29,7 +29,7 @@ class ModelFacts:
         dtype, device: of the weights.
         num_kv_layers: attention calls with K/V of their own.
         bytes_per_token: size of one token's K/V rows in all layers.
-        num_indexers: index keys of a token, of layers that select their keys.
+        num_indexers: indexers with keys of their own, of layers that select what they attend to.
         spared_in_float8: of bytes_per_token, what these keys in float8 would not take.
     """
 

@@ -45,9 +45,9 @@ class Differences:
     agreeing: int
     forks: list[Fork]
 
-    def text(self) -> str:
+    def text(self, whose: str = "plain decoding's") -> str:
         """One line, and one a fork that can be explained."""
-        lines = [f"{self.name}: {len(self.forks)} of {self.outputs} outputs differ from plain decoding's; {self.agreeing} of "
+        lines = [f"{self.name}: {len(self.forks)} of {self.outputs} outputs differ from {whose}; {self.agreeing} of "
                  f"{self.tokens} tokens come before"]  # fmt: skip
         for one in self.forks:
             if one.gap is not None:

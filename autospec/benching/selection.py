@@ -65,8 +65,7 @@ class Selection:
                      f"{100 * found.worst:.1f}%)"]  # fmt: skip
         if self.differences is None:
             return "\n".join([*lines, f"all {self.tokens} tokens are those of keys as they are"])
-        told = self.differences.text().replace("plain decoding's", "those of keys as they are")
-        return "\n".join([*lines, told])
+        return "\n".join([*lines, self.differences.text("those of keys as they are")])
 
 
 def agreement(captured: CapturedModel, texts: Sequence[Sequence[int]], quantize: Quantize = quantize_keys) -> Agreement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,14 @@ from harness.models import captured, hf_cache, model, oracle
 from harness.programs import MixedDraft, Plant, Workshop, prompts_of, requests_of, run
 from torch import Tensor
 
+from autospec.api import optimize
+from autospec.config import DraftTargetConfig
 from autospec.errors import OptionError
 from autospec.ir.match import calls
 from autospec.kernels.append_index_keys import KEYS
 from autospec.kernels.expand_requests import expand_requests
 from autospec.limits import check_index_quantization
+from autospec.report import kernel_rows
 from autospec.runtime.metrics import Metrics
 from autospec.runtime.request import SamplingParams
 from autospec.runtime.session import Session
@@ -165,3 +169,25 @@ def test_memory_is_counted_as_it_is_allocated(workshop: Workshop) -> None:
         pages = [tensor.nbytes for name, tensor in session.state.items() if "pages." in name]
         assert sum(pages) == shape.num_pages * shape.page_size * facts.bytes_kept(form)
     assert facts.spared_in_float8 == 2 * (model("sparse").config.index_head_dim * 3 - 4)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compile", ["eager", "inductor"])
+def test_on_a_gpu(cuda: torch.device, compile: str) -> None:
+    """Plain decoding and a tree, by the kernels that write and read float8."""
+    target = copy.deepcopy(model("sparse")).to(cuda)
+    asked: dict[str, Any] = {"compile": compile, "index_quantization": "fp8", "max_length": 64}
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    plain = optimize(target, None, **asked)
+    expected = [plain.generate([prompt], **options) for prompt in PROMPTS]
+    fast = optimize(target, DraftTargetConfig(target, eagle_choices=[[0], [1], [0, 0], [1, 0]]), **asked)
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        assert torch.equal(fast.generate([prompt], **options), tokens)
+        assert fast.metrics.mean_acceptance_length > 2
+    chosen = {row.op: row.backend for row in kernel_rows(fast.program) if row.op in ("append_index_keys", "dsa_indexer_logits")}
+    assert len(chosen) == 2
+    assert "reference" not in chosen.values()
+    session = fast.session
+    row = session.committed_index_keys(0, 0, len(PROMPTS[-1]))
+    wanted = hf_cache("sparse", PROMPTS[-1])[1][0].to(cuda)
+    assert ((row - wanted).abs() <= wanted.abs() / 16 + wanted.abs().amax(-1, keepdim=True) / 448 * 2.0**-9 + 1e-5).all()

@@ -245,3 +245,11 @@ def test_functions_stay_small() -> None:
             if isinstance(node, ast.FunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 assert length < 80, f"{path.relative_to(ROOT)}: {node.name} has {length} lines"
+
+
+@pytest.mark.xdist_group("together")
+def test_groups_reach_the_scheduler(request: pytest.FixtureRequest) -> None:
+    """With pytest 9.2.0 they did not: tests of one group ran in every worker, and each captured the models anew."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("needs workers, and --dist loadgroup")
+    assert request.node.nodeid.endswith("@together")

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from autospec import debug, pipeline
-from autospec.capture import EXAMPLE_SHAPE, layers_through_interfaces, with_slots
+from autospec.capture_checks import EXAMPLE_SHAPE
+from autospec.capture_interfaces import layers_through_interfaces
+from autospec.capture_slots import with_slots
 from autospec.decompose import functional
 from autospec.errors import CaptureError, OptionError
 from autospec.heads.eagle3 import Eagle3Head

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from autospec.capture import (
-    check_logits,
-    eager_logits,
-    example_inputs,
-    probe_token_mixing,
-    special_tokens,
-    takes_position_ids,
-    token_local,
-)
+from autospec.capture import eager_logits
+from autospec.capture_checks import check_logits, example_inputs, probe_token_mixing, token_local
+from autospec.capture_facts import special_tokens, takes
 from autospec.errors import CaptureError
 from autospec.hollow import is_model_hollow
 from autospec.ir.match import argument, aten, calls, is_call
@@ -205,7 +199,7 @@ def check_cached(model: Any) -> None:
 
 def cached_logits(model: Any, ids: Tensor, positions: Tensor) -> Tensor | None:
     """Logits of 9 tokens decoded as 6, 1, 1 and 1 with the model's own cache; None: it has none, and generate goes without."""
-    takes_positions = takes_position_ids(model)
+    takes_positions = takes(model, "position_ids")
     got: list[Tensor] = []
     cache = None
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from autospec.capture import text_config
+from autospec.capture_facts import text_config
 from autospec.config import Eagle3Config, MedusaConfig, MTPConfig, Ranking
 from autospec.errors import CaptureError, CheckpointError, OptionError
 from autospec.heads.checkpoint import load_head

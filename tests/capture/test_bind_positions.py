@@ -9,7 +9,7 @@ import torch
 from harness.graphs import check_golden
 from torch import nn
 
-from autospec.capture import with_slots
+from autospec.capture_slots import with_slots
 from autospec.decompose import functional
 from autospec.ir.runner import run_pass
 from autospec.ir.text import graph_text

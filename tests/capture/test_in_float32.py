@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from autospec import capture_experts
 from autospec.assemble import capture_model
-from autospec.capture import check_logits, compare_logits, eager_logits, example_inputs
+from autospec.capture import eager_logits
+from autospec.capture_checks import check_logits, compare_logits, example_inputs
 from autospec.errors import CaptureError
 from autospec.in_float32 import InFloat32
 from autospec.kernels.experts import experts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autospec.assemble import capture_model
-from autospec.capture import token_local
+from autospec.capture_checks import token_local
 from autospec.errors import CaptureError
 from autospec.legality import run_captured
 from autospec.passes.bind_positions import BindPositions

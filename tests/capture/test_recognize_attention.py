@@ -11,7 +11,7 @@ import torch
 from harness.graphs import check_golden
 from torch import Tensor, fx, nn
 
-from autospec.capture import with_slots
+from autospec.capture_slots import with_slots
 from autospec.ir.match import argument, calls
 from autospec.ir.runner import run_pass
 from autospec.ir.sizes import constants_of

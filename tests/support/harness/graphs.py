@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autospec.assemble import copy_graph
-from autospec.capture import with_slots
+from autospec.capture_slots import with_slots
 from autospec.decompose import functional
 from autospec.ir.build import Builder, declare
 from autospec.ir.passes import Pass, PassRecord

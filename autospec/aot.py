@@ -38,6 +38,7 @@ from autospec.passes.select_kernels import SelectKernels
 
 # Backends whose ops are Python functions around a library; a package has no Python.
 _IN_PYTHON = frozenset(debug.BACKENDS) - {"triton", "cpu"}
+HEADERS = Path(__file__).parent / "aot_include"
 
 
 def package(folder: Path, place: str, unlowered: Unlowered) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def compile_package(module: fx.GraphModule, path: Path) -> None:
     }  # fmt: skip
     try:
         if sys.platform == "linux":
-            options["cpp.cxx"] = (None, str(_self_contained_compiler()))
+            options["cpp.cxx"] = (None, str(_compiler_of_packages()))
         with torch.no_grad():
             torch._inductor.aoti_compile_and_package(
                 as_exported(plain, examples), package_path=str(path), inductor_configs=options
@@ -107,19 +108,15 @@ def compile_package(module: fx.GraphModule, path: Path) -> None:
     refuse_page_copies(sources, [slot for slot in slots(module) if slot.kind == "state"])
 
 
-def _self_contained_compiler() -> Path:
-    """The C++ compiler with a linker that binds a library's symbols to itself; Inductor has no option for that.
-
-    A package holds std::regex as its compiler makes it, and a process may hold another compiler's: on Ubuntu 24.04 (g++ 13.3,
-    torch 2.11+cu130) each package crashed while it was loaded, one that adds two tensors as well. Whether this cures it
-    there has not been seen.
-    """
+def _compiler_of_packages() -> Path:
+    """The C++ compiler with `aot_include` before its own headers; Inductor has no option for that."""
     compiler = get_cpp_compiler()
-    text = f'#!/bin/sh\ncase " $* " in *" -shared "*) set -- "$@" -Wl,-Bsymbolic ;; esac\nexec {shlex.quote(compiler)} "$@"\n'
-    # Inductor knows compilers by their names, and keeps precompiled headers by their paths. A process with another compiler has
-    # another script.
+    text = f'#!/bin/sh\nexec {shlex.quote(compiler)} -I{shlex.quote(str(HEADERS))} "$@"\n'
+    # Inductor knows compilers by their names, and keeps precompiled headers by their paths. Another compiler, and another header,
+    # have another script.
+    key = hashlib.sha256(text.encode() + (HEADERS / "regex").read_bytes()).hexdigest()[:16]
     name = "clang++" if "clang" in Path(compiler).name else "g++"
-    script = Path(cache_dir()) / "autospec" / hashlib.sha256(text.encode()).hexdigest()[:16] / name
+    script = Path(cache_dir()) / "autospec" / key / name
     if not script.exists():
         script.parent.mkdir(parents=True, exist_ok=True)
         fresh = script.with_suffix(f".{os.getpid()}")  # renamed, so that no other process runs half a script

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness.models import tiny
+from torch._inductor.cpp_builder import get_cpp_compiler
 
 import autospec
 from autospec import aot
@@ -67,13 +70,52 @@ def test_every_compiler_has_a_script_of_its_own(tmp_path: Path, monkeypatch: pyt
         compiler.write_text(f'#!/bin/sh\necho "{name}: $*"\n')
         compiler.chmod(0o755)
         monkeypatch.setattr(aot, "get_cpp_compiler", lambda compiler=compiler: str(compiler))
-        made[name] = aot._self_contained_compiler()
-        assert aot._self_contained_compiler() == made[name]
+        made[name] = aot._compiler_of_packages()
+        assert aot._compiler_of_packages() == made[name]
     assert [script.name for script in made.values()] == ["g++", "clang++"]
     for name, script in made.items():
-        for given, told in (("-c x.cpp", ""), ("-shared x.o", " -Wl,-Bsymbolic")):
-            ran = subprocess.run([script, *given.split()], capture_output=True, text=True, check=True)
-            assert ran.stdout == f"{name}: {given}{told}\n"
+        ran = subprocess.run([script, "-c", "x.cpp"], capture_output=True, text=True, check=True)
+        assert ran.stdout == f"{name}: -I{aot.HEADERS} -c x.cpp\n"
+
+
+DEVICES = ["cuda:0", "cpu", "cuda", "mps:12", "xpu:3", "cuda:", "cuda:x", "cuda:1x", "tpu:0", "", ":0", "cuda:0:1", "xcuda", " cpu"]
+READ_DEVICES = r'''
+#include <regex>
+#include <iostream>
+int main(int count, char** words) {
+  std::regex re("(cpu|cuda|xpu|mps)(:([0-9]+))?");
+  for (int i = 1; i < count; ++i) {
+    std::smatch found;
+    const std::string word(words[i]);
+    const bool matched = std::regex_match(word, found, re);
+    std::cout << matched;
+    for (int group = 1; matched && group < 4; ++group) std::cout << "|" << (found[group].matched ? found[group].str() : "none");
+    std::cout << std::endl;
+  }
+  std::regex other("(cpu|cuda)");
+}
+'''
+
+
+def test_devices_are_read_as_by_the_pattern(tmp_path: Path) -> None:
+    """The header that packages have in the place of the library's: the same groups, and no other pattern."""
+    (tmp_path / "read.cpp").write_text(READ_DEVICES)
+    subprocess.run([get_cpp_compiler(), f"-I{aot.HEADERS}", tmp_path / "read.cpp", "-o", tmp_path / "read"], check=True)
+    ran = subprocess.run([tmp_path / "read", *DEVICES], capture_output=True, text=True, check=False)
+    matches = [re.fullmatch("(cpu|cuda|xpu|mps)(:([0-9]+))?", word) for word in DEVICES]
+    told = ["0" if one is None else "|".join(["1", *(group or "none" for group in one.groups())]) for one in matches]
+    assert ran.stdout.splitlines() == told
+    assert ran.returncode != 0
+    assert "does not know the pattern (cpu|cuda)" in ran.stderr
+
+
+def test_packages_hold_no_regular_expressions(packaged: Path) -> None:
+    """Loading them crashed in std::regex where another compiler had made torch."""
+    for path in (packaged / "aot").rglob("*.pt2"):
+        with zipfile.ZipFile(path) as archive:
+            libraries = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
+        assert libraries
+        assert not any(b"regex_traits" in library for library in libraries), path
 
 
 def test_another_machine_falls_back_if_it_may(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,8 +71,9 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
 
 
 BLOCK_S = 2048  # slots at a time; a split holds at least one block
-# Slots that one program keeps in registers: 25 us for 4096 on an H100, about 60 for 16384; five launches 31 (2026-11-21).
-MOST_WHOLE = 4096
+# Slots that one program keeps in registers: 12 us for 4096 on an H100 and 20 for 8192, for which five launches take 23 and 29;
+# 38 for 16000 (2026-11-21).
+MOST_WHOLE = 8192
 
 # A row (i_r) is node i_n of request i_b; S splits (i_s) of its slots, each a run of blocks (o_s). The lowest score kept
 # is found as `ordered`, eight bits a launch, the highest first: a split counts those of its scores that may still be it
@@ -220,7 +221,8 @@ def select_row(
     p_logits, p_lens, p_q_lens, p_mask, p_out, stride_lb, stride_ln, q_len, earlier, num_slots, index_topk, width,
     WORDS: tl.constexpr, BLOCK_S: tl.constexpr, WAITS: tl.constexpr,
 ):
-    """The same for a whole row in one program, which holds all of its scores."""
+    """The same for a whole row in one program, which holds all of its scores: the lowest score kept is found bit by bit, by
+    counting the scores that are no lower."""
     if WAITS:
         gdc_launch_dependents()
         gdc_wait()
@@ -234,15 +236,13 @@ def select_row(
     o_s = tl.arange(0, BLOCK_S)
     b_key, m_s = load_keys(p_logits, p_mask, o_s, end, scored, kv_len, earlier, i_n, WORDS)
     total = tl.minimum(index_topk, tl.sum(m_s.to(tl.int32), 0))
-    kept, rank = tl.full((), 0, tl.uint32), total
-    for stage in tl.static_range(4):
-        b_digit = b_key >> (24 - 8 * stage)
-        m_equal = m_s
-        if stage > 0:
-            m_equal = m_s & ((b_digit >> 8) == kept)
-        digit, higher = pick_digit(tl.histogram((b_digit & 255).to(tl.int32), 256, mask=m_equal), rank)
-        kept = kept * 256 + digit.to(tl.uint32)
-        rank -= higher
+    b_key = tl.where(m_s, b_key, 0)  # finite scores have higher keys
+    kept = tl.full((), 0, tl.uint32)
+    for i_bit in range(32):
+        higher_bit = kept | (tl.full((), 1 << 31, tl.uint32) >> i_bit)
+        if tl.sum((b_key >= higher_bit).to(tl.int32), 0) >= total:
+            kept = higher_bit
+    rank = total - tl.sum((b_key > kept).to(tl.int32), 0)
     b_tie = (m_s & (b_key == kept)).to(tl.int32)
     m_kept = m_s & ((b_key > kept) | ((b_tie > 0) & (tl.cumsum(b_tie, 0) <= rank)))
     tl.store(p_out + tl.cumsum(m_kept.to(tl.int32), 0) - 1, o_s, mask=m_kept)

@@ -213,7 +213,7 @@ DSA: dict[str, tuple[str, Any]] = {
         "compact_kv", [torch.zeros(9, 64), torch.zeros(9, 64, 128).to(torch.float8_e4m3fn)], ints(2, 4), ints(2), ints(2, 9),
         ints(2))),
     "selection": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, None, None)),
-    "selection, short": ("select_row", lambda: ("dsa_topk", torch.zeros(2, 4, 4096), ints(2), 2048, None, None)),
+    "selection, short": ("select_row", lambda: ("dsa_topk", torch.zeros(2, 4, 8192), ints(2), 2048, None, None)),
     "selection, tree": ("write_best", lambda: ("dsa_topk", torch.zeros(2, 4, 40960), ints(2), 2048, ints(2), ints(2, 40, 2))),
     "sparse attention": ("combine_splits", lambda: (
         "paged_sparse_mla", torch.zeros(1, 1, 128, 512).bfloat16(), torch.zeros(1, 1, 128, 64).bfloat16(),

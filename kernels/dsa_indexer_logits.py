@@ -25,6 +25,7 @@ from autospec.kernels.launch import (
     jit,
     no_float8,
     no_gpu,
+    not_a_float,
     power_of_2,
     rows_of,
     tl,
@@ -65,8 +66,8 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
         return f"queries are {index_q.dtype}, pages {index_pages.dtype}"
     if index_scales is not None and index_pages.dtype != KEYS:
         return f"scaled keys are float8_e4m3fn, not {index_pages.dtype}"
-    if index_q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {index_q.dtype} is not float16, bfloat16 or float32"
+    if (reason := not_a_float(index_q.dtype)) is not None:
+        return reason
     if index_q.shape[2] > 64 or index_q.shape[3] > 128:
         return f"{index_q.shape[2]} index heads of {index_q.shape[3]} do not fit a tile of 64 x 128"
     if not index_pages.is_contiguous() or not (index_scales is None or index_scales.is_contiguous()):

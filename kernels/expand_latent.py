@@ -19,6 +19,7 @@ from autospec.kernels.launch import (
     gdc_wait,
     jit,
     no_gpu,
+    not_a_float,
     power_of_2,
     tl,
     wrap_triton,
@@ -54,8 +55,8 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
     pages, w_uk, w_uv = args["latent_pages"], args["w_uk"], args["w_uv"]
     if not pages.dtype == w_uk.dtype == w_uv.dtype:
         return f"pages are {pages.dtype}, weights {w_uk.dtype} and {w_uv.dtype}"
-    if pages.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {pages.dtype} is not float16, bfloat16 or float32"
+    if (reason := not_a_float(pages.dtype)) is not None:
+        return reason
     if max(w_uk.shape[1], w_uv.shape[1]) > 256:
         return f"keys of {w_uk.shape[1]} and values of {w_uv.shape[1]} do not fit a tile of 256"
     if not pages.is_contiguous():

@@ -22,6 +22,7 @@ from autospec.kernels.launch import (
     gdc_wait,
     jit,
     no_gpu,
+    not_a_float,
     power_of_2,
     rows_of,
     tl,
@@ -97,8 +98,8 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
     x, gate_up, down = args["x"], args["gate_up"], args["down"]
     if not x.dtype == gate_up.dtype == down.dtype:
         return f"tokens are {x.dtype}, weights {gate_up.dtype} and {down.dtype}"
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {x.dtype} is not float16, bfloat16 or float32"
+    if (reason := not_a_float(x.dtype)) is not None:
+        return reason
     if not (gate_up.is_contiguous() and down.is_contiguous()):
         return "the experts' weights are not contiguous"
     if gate_up.shape[0] > 1024:

@@ -119,6 +119,13 @@ def no_gpu(args: Mapping[str, Any]) -> str | None:
     return None
 
 
+def not_a_float(dtype: torch.dtype) -> str | None:
+    """Why kernels for half precision and float32 cannot read a tensor of this dtype."""
+    if dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return None
+    return f"dtype {dtype} is not float16, bfloat16 or float32"
+
+
 def no_float8(device: torch.device) -> str | None:
     """Why a GPU's own conversions from and to float8 cannot be used."""
     if not torch.cuda.is_available():

@@ -26,6 +26,7 @@ from autospec.kernels.launch import (
     jit,
     multiprocessors,
     no_gpu,
+    not_a_float,
     power_of_2,
     rows_of,
     tl,
@@ -105,8 +106,8 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
     q, k_pages, v_pages = args["q"], args["k_pages"], args["v_pages"]
     if not q.dtype == k_pages.dtype == v_pages.dtype:
         return f"queries are {q.dtype}, pages {k_pages.dtype} and {v_pages.dtype}"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {q.dtype} is not float16, bfloat16 or float32"
+    if (reason := not_a_float(q.dtype)) is not None:
+        return reason
     if max(q.shape[3], v_pages.shape[3]) > 512:
         return f"head dims {q.shape[3]} and {v_pages.shape[3]} do not fit a tile of 512"
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
@@ -449,8 +450,8 @@ def why_not_cpu(args: Mapping[str, Any]) -> str | None:
         return elsewhere
     if not q.dtype == k_pages.dtype == v_pages.dtype:
         return f"queries are {q.dtype}, pages {k_pages.dtype} and {v_pages.dtype}"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {q.dtype} is not float16, bfloat16 or float32"
+    if (reason := not_a_float(q.dtype)) is not None:
+        return reason
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         if pages.stride(-1) != 1:
             return f"{name} has stride {pages.stride(-1)} in its last dimension"

@@ -24,6 +24,7 @@ from autospec.kernels.launch import (
     jit,
     multiprocessors,
     no_gpu,
+    not_a_float,
     power_of_2,
     rows_of,
     tl,
@@ -69,8 +70,8 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
     q_latent, q_rope, latent_pages = args["q_latent"], args["q_rope"], args["latent_pages"]
     if not q_latent.dtype == q_rope.dtype == latent_pages.dtype:
         return f"queries are {q_latent.dtype} and {q_rope.dtype}, pages {latent_pages.dtype}"
-    if q_latent.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {q_latent.dtype} is not float16, bfloat16 or float32"
+    if (reason := not_a_float(q_latent.dtype)) is not None:
+        return reason
     if q_latent.shape[3] > 512 or q_rope.shape[3] > 128:
         return f"a latent of {q_latent.shape[3]} and a rope part of {q_rope.shape[3]} do not fit a tile of 512 + 128"
     if not latent_pages.is_contiguous():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,6 +64,31 @@ class Loss(nn.Module):
     def count(self, batch: Batch) -> Tensor:
         """The weight of the positions that the loss sums over."""
         raise AssertionError("every objective counts its positions")
+
+    def summed(self, steps: Iterable[tuple[Tensor, Tensor]], best: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` returns: the loss, each step by its weight; [3, steps] of losses, agreements and right prefixes.
+
+        Args:
+            steps: losses and chosen tokens [B, R] of step i, at positions 1 + i ... i + R.
+            best: the target's own choices [B, S].
+            weights: how much a position counts [B, S]; a prefix counts as its first position does.
+        """
+        losses, agreements, prefixes = [], [], []
+        counted = weights
+        for i, (loss, choice) in enumerate(steps):
+            here = slice(1 + i, 1 + i + loss.shape[1])
+            agrees = (choice == best[:, here]).float()
+            losses.append((loss * weights[:, here]).sum())
+            agreements.append((agrees * weights[:, here]).sum())
+            counted = (counted if i else weights[:, here]) * agrees
+            prefixes.append(counted.sum())
+        total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
+        return total, torch.stack([torch.stack(losses).detach(), torch.stack(agreements), torch.stack(prefixes)])
+
+
+def weights_of_steps(steps: int, decay: float) -> list[float]:
+    """Step i weighs decay ** i; all of them together 1."""
+    return [decay**i / sum(decay**j for j in range(steps)) for i in range(steps)]
 
 
 @dataclass(frozen=True, kw_only=True)

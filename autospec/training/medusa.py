@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from autospec.heads.medusa import MedusaHeads
 from autospec.training.features import Features, Target
-from autospec.training.loop import Batch, Loss
+from autospec.training.loop import Batch, Loss, weights_of_steps
 
 
 def new_heads(target: Target, num_heads: int, num_layers: int = 1, share_lm_head: bool = False) -> MedusaHeads:
@@ -44,7 +46,7 @@ class MedusaLoss(Loss):
         super().__init__()
         self.target, self.head, self.heads = target, heads, heads
         self.steps, self.soft = heads.num_heads, soft
-        self.weights = [decay**i / sum(decay**j for j in range(self.steps)) for i in range(self.steps)]
+        self.weights = weights_of_steps(self.steps, decay)
 
     def features(self, batch: Batch) -> Features:
         return self.target(batch.tokens)
@@ -58,21 +60,16 @@ class MedusaLoss(Loss):
         best = goals.argmax(-1)
         goals = goals.softmax(-1)
         rows = tokens.shape[1] - 1 - self.steps
-        counted = weights[:, 1 : 1 + rows]
         hidden = features.hidden[:, :rows].float()
-        losses, agreements, prefixes = [], [], []
-        for i, (block, lm_head) in enumerate(zip(self.heads.blocks, self.heads.lm_heads, strict=True)):
-            here = slice(1 + i, 1 + i + rows)
-            guess = lm_head(block(hidden).to(lm_head.weight.dtype)).float()
-            if self.soft:
-                loss = -(goals[:, here] * guess.log_softmax(-1)).sum(-1)
-            else:
-                text = tokens[:, 2 + i : 2 + i + rows, None]
-                loss = -guess.log_softmax(-1).gather(-1, text)[..., 0]
-            agrees = (guess.argmax(-1) == best[:, here]).float()
-            losses.append((loss * weights[:, here]).sum())
-            agreements.append((agrees * weights[:, here]).sum())
-            counted = counted * agrees
-            prefixes.append(counted.sum())
-        total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
-        return total, torch.stack([torch.stack(losses).detach(), torch.stack(agreements), torch.stack(prefixes)])
+
+        def steps() -> Iterator[tuple[Tensor, Tensor]]:
+            for i, (block, lm_head) in enumerate(zip(self.heads.blocks, self.heads.lm_heads, strict=True)):
+                guess = lm_head(block(hidden).to(lm_head.weight.dtype)).float()
+                if self.soft:
+                    loss = -(goals[:, 1 + i : 1 + i + rows] * guess.log_softmax(-1)).sum(-1)
+                else:
+                    text = tokens[:, 2 + i : 2 + i + rows, None]
+                    loss = -guess.log_softmax(-1).gather(-1, text)[..., 0]
+                yield loss, guess.argmax(-1)
+
+        return self.summed(steps(), best, weights)

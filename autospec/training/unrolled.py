@@ -10,14 +10,14 @@ ancestors. The other rows of a later step belong to other drafts and are not see
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from autospec.training.features import Features, Target
-from autospec.training.loop import Batch, Loss
+from autospec.training.loop import Batch, Loss, weights_of_steps
 
 
 class UnrolledAttention:
@@ -67,7 +67,7 @@ class UnrolledLoss(Loss):
     def __init__(self, target: Target, head: nn.Module, *, steps: int, decay: float) -> None:
         super().__init__()
         self.target, self.head, self.steps = target, head, steps
-        self.weights = [decay**i / sum(decay**j for j in range(steps)) for i in range(steps)]
+        self.weights = weights_of_steps(steps, decay)
 
     def vocabulary(self) -> Tensor | None:
         """[draft_vocab] target ids of the draft's tokens; None: it has the target's vocabulary."""
@@ -90,16 +90,10 @@ class UnrolledLoss(Loss):
         ids = self.vocabulary()
         goals = ((logits if ids is None else logits[..., ids]) - logits.logsumexp(-1, keepdim=True)).exp()
         rows = tokens.shape[1] - self.steps
-        counted = weights[:, 1 : 1 + rows]
-        losses, agreements, prefixes = [], [], []
-        for i, guess in enumerate(self.guesses(tokens, features)):
-            here = slice(1 + i, 1 + i + rows)
-            loss = -(goals[:, here] * guess.float().log_softmax(-1)).sum(-1)
-            choice = guess.argmax(-1) if ids is None else ids[guess.argmax(-1)]
-            agrees = (choice == best[:, here]).float()
-            losses.append((loss * weights[:, here]).sum())
-            agreements.append((agrees * weights[:, here]).sum())
-            counted = counted * agrees
-            prefixes.append(counted.sum())
-        total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
-        return total, torch.stack([torch.stack(losses).detach(), torch.stack(agreements), torch.stack(prefixes)])
+
+        def steps() -> Iterator[tuple[Tensor, Tensor]]:
+            for i, guess in enumerate(self.guesses(tokens, features)):
+                loss = -(goals[:, 1 + i : 1 + i + rows] * guess.float().log_softmax(-1)).sum(-1)
+                yield loss, guess.argmax(-1) if ids is None else ids[guess.argmax(-1)]
+
+        return self.summed(steps(), best, weights)

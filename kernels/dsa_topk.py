@@ -71,8 +71,8 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
 
 
 BLOCK_S = 2048  # slots at a time; a split holds at least one block
-# Slots that one program keeps in registers: 12 us for 4096 on an H100 and 20 for 8192, for which five launches take 23 and 29;
-# 38 for 16000 (2026-11-21).
+# Slots that one program keeps in registers. With running counts over a flat block, two thirds of its instructions then, one program
+# took 12 us for 4096 on an H100, 20 for 8192 and 38 for 16000; five launches take 23, 29 and about 30 (2026-11-21).
 MOST_WHOLE = 8192
 
 # A row (i_r) is node i_n of request i_b; S splits (i_s) of its slots, each a run of blocks (o_s). The lowest score kept
@@ -107,6 +107,26 @@ def pick_digit(b_count, rank):
     b_from_top = tl.sum(b_count, 0) - tl.cumsum(b_count, 0) + b_count
     digit = tl.sum((b_from_top >= rank).to(tl.int32), 0) - 1
     return digit, tl.sum(tl.where(tl.arange(0, 256) > digit, b_count, 0), 0)
+
+
+@jit
+def slots_of_block(BLOCK_S: tl.constexpr):
+    """Slots of a block [BLOCK_S / 16, 16]: few threads hold a row of it, so that counting on along it takes few steps."""
+    return tl.arange(0, BLOCK_S // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+
+
+@jit
+def running_counts(b_higher, b_tie):
+    """How many are set up to and with each slot of a block, of both at once: counts of a block fit 16 bits."""
+    b_both = b_higher + b_tie * 65536
+    b_rows = tl.sum(b_both, 1)
+    b_both = tl.cumsum(b_both, 1) + (tl.cumsum(b_rows, 0) - b_rows)[:, None]
+    return b_both & 65535, b_both >> 16
+
+
+@jit
+def count_set(m_set):
+    return tl.sum(tl.sum(m_set.to(tl.int32), 1), 0)
 
 
 @jit
@@ -202,14 +222,15 @@ def write_best(
     first = i_s * per_split
     last = tl.minimum(first + per_split, end)
     for i_k in range(first, last, BLOCK_S):
-        o_s = i_k + tl.arange(0, BLOCK_S)
+        o_s = i_k + slots_of_block(BLOCK_S)
         b_key, m_s = load_keys(p_logits, p_mask, o_s, last, scored, kv_len, earlier, i_n, WORDS)
-        b_tie = (m_s & (b_key == kept)).to(tl.int32)
-        m_kept = m_s & ((b_key > kept) | ((b_tie > 0) & (ties + tl.cumsum(b_tie, 0) <= rank)))
-        b_kept = m_kept.to(tl.int32)
-        tl.store(p_out + written + tl.cumsum(b_kept, 0) - 1, o_s, mask=m_kept)
-        ties += tl.sum(b_tie, 0)
-        written += tl.sum(b_kept, 0)
+        m_higher, m_tie = m_s & (b_key > kept), m_s & (b_key == kept)
+        b_higher_before, b_ties_before = running_counts(m_higher.to(tl.int32), m_tie.to(tl.int32))
+        left = tl.maximum(rank - ties, 0)  # ties that are still kept
+        m_kept = m_higher | (m_tie & (b_ties_before <= left))
+        tl.store(p_out + written + b_higher_before + tl.minimum(b_ties_before, left) - 1, o_s, mask=m_kept)
+        ties += count_set(m_tie)
+        written += count_set(m_kept)
     if i_s == SPLITS - 1:
         for i_k in range(total, width, BLOCK_S):
             o_k = i_k + tl.arange(0, BLOCK_S)
@@ -233,22 +254,23 @@ def select_row(
     p_logits += i_b * stride_lb + i_n * stride_ln
     if p_mask is not None:
         p_mask += i_b * (q_len + earlier) * WORDS
-    o_s = tl.arange(0, BLOCK_S)
+    o_s = slots_of_block(BLOCK_S)
     b_key, m_s = load_keys(p_logits, p_mask, o_s, end, scored, kv_len, earlier, i_n, WORDS)
-    total = tl.minimum(index_topk, tl.sum(m_s.to(tl.int32), 0))
+    total = tl.minimum(index_topk, count_set(m_s))
     b_key = tl.where(m_s, b_key, 0)  # finite scores have higher keys
     kept = tl.full((), 0, tl.uint32)
     for i_bit in range(32):
         higher_bit = kept | (tl.full((), 1 << 31, tl.uint32) >> i_bit)
-        if tl.sum((b_key >= higher_bit).to(tl.int32), 0) >= total:
+        if count_set(b_key >= higher_bit) >= total:
             kept = higher_bit
-    rank = total - tl.sum((b_key > kept).to(tl.int32), 0)
-    b_tie = (m_s & (b_key == kept)).to(tl.int32)
-    m_kept = m_s & ((b_key > kept) | ((b_tie > 0) & (tl.cumsum(b_tie, 0) <= rank)))
-    tl.store(p_out + tl.cumsum(m_kept.to(tl.int32), 0) - 1, o_s, mask=m_kept)
+    m_higher, m_tie = b_key > kept, m_s & (b_key == kept)
+    b_higher_before, b_ties_before = running_counts(m_higher.to(tl.int32), m_tie.to(tl.int32))
+    rank = total - count_set(m_higher)
+    m_kept = m_higher | (m_tie & (b_ties_before <= rank))
+    tl.store(p_out + b_higher_before + tl.minimum(b_ties_before, rank) - 1, o_s, mask=m_kept)
     for i_k in range(total, width, BLOCK_S):
         o_k = i_k + o_s
-        tl.store(p_out + o_k, tl.full((BLOCK_S,), -1, tl.int32), mask=o_k < width)
+        tl.store(p_out + o_k, tl.full(o_k.shape, -1, tl.int32), mask=o_k < width)
 
 
 def choose_splits(logits: Tensor) -> int:

@@ -72,7 +72,7 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
 
 BLOCK_S = 2048  # slots at a time; a split holds at least one block
 # Slots that one program keeps in registers. With running counts over a flat block, two thirds of its instructions then, one program
-# took 12 us for 4096 on an H100, 20 for 8192 and 38 for 16000; five launches take 23, 29 and about 30 (2026-11-21).
+# took 12 us for 4096 on an H100, 20 for 8192 and 38 for 16000; five launches take 23, 29 and, for 32768, 32 (2026-11-21).
 MOST_WHOLE = 8192
 
 # A row (i_r) is node i_n of request i_b; S splits (i_s) of its slots, each a run of blocks (o_s). The lowest score kept

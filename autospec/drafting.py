@@ -6,7 +6,7 @@ nodes is run. Levels follow the shape of the tree, so the graph is static; which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from autospec.kernels.build_dynamic_tree import build_dynamic_tree
 from autospec.kernels.commit import chain_draft, gather_rows, static_draft, tokens_at
 from autospec.kernels.grow_frontier import grow_frontier
 from autospec.kernels.rank_children import rank_greedy, rank_sampled
+from autospec.kernels.tree_tables import node_positions
 from autospec.state import Chooser, StateShape, history, store
 from autospec.trees import Path
 
@@ -42,6 +43,31 @@ class Frontier:
     tokens: fx.Node
     parents: fx.Node
     tree_mask: fx.Node | None
+
+    @property
+    def count(self) -> int:
+        """R."""
+        return int(self.tokens.meta["val"].shape[1])
+
+    def inputs(self, builder: Builder, kv_lens: fx.Node, max_position: int) -> dict[str, fx.Node]:
+        """What a drafter's graph reads to run these nodes behind kv_lens [B] committed rows of its cache and all earlier levels."""
+        append = builder.call(aten.add.Tensor, kv_lens, self.first)
+        place = builder.call(aten.add.Tensor, kv_lens, self.level)
+        if self.tree_mask is None:
+            positions = builder.call(node_positions, place, self.count, max_position)
+            return {"input_ids": self.tokens, "position_ids": positions, "kv_lens": append}
+        siblings = builder.call(aten.zeros_like.default, self.tokens)  # they share a position
+        positions = builder.call(node_positions, place, self.count, max_position, siblings)
+        return {
+            "input_ids": self.tokens, "position_ids": positions, "kv_lens": kv_lens, "append_lens": append,
+            "tree_mask": self.tree_mask,
+        }  # fmt: skip
+
+
+def nothing_committed(module: fx.GraphModule) -> Iterable[str]:
+    """A sentence if the graph commits no tokens yet, which a head's features come from."""
+    if not with_role(module, "commit"):
+        yield "a draft follows what was committed: run verify-draft or commit-prompt first"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from autospec.drafting import Frontier, Grower, committed_features
+from autospec.drafting import Frontier, Grower, committed_features, nothing_committed
 from autospec.ir.build import Builder, splice
 from autospec.ir.match import aten, calls, returned
 from autospec.ir.passes import Notes, Pass
@@ -53,8 +53,7 @@ class AttachDraftHead(Pass):
     draft_temperature: float = 1.0
 
     def requires(self, module: fx.GraphModule) -> Iterable[str]:
-        if not with_role(module, "commit"):
-            yield "a draft follows what was committed: run verify-draft or commit-prompt first"
+        return nothing_committed(module)
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         if any(calls(module, store_draft)):
@@ -97,26 +96,17 @@ class AttachDraftHead(Pass):
 
         chosen: what the catch-up's last row selected, if the level is to attend to the same keys.
         """
-        count = nodes.tokens.meta["val"].shape[1]
-        append = builder.call(aten.add.Tensor, kv_lens, nodes.first)
-        place = builder.call(aten.add.Tensor, kv_lens, nodes.level)
-        hidden = builder.call(gather_rows, above, nodes.parents)
-        inputs = {"input_ids": nodes.tokens, "hidden": hidden, "kv_lens": append}
+        inputs = nodes.inputs(builder, kv_lens, self.max_position)
+        inputs["hidden"] = builder.call(gather_rows, above, nodes.parents)
         if chosen:
-            inputs["indices"] = builder.call(share_selection, chosen[0], kv_lens, nodes.first, count, nodes.tree_mask)
-        if nodes.tree_mask is None:
-            inputs["position_ids"] = builder.call(node_positions, place, count, self.max_position)
-        else:
-            siblings = builder.call(aten.zeros_like.default, nodes.tokens)  # they share a position
-            inputs["position_ids"] = builder.call(node_positions, place, count, self.max_position, siblings)
-            inputs |= {"kv_lens": kv_lens, "append_lens": append, "tree_mask": nodes.tree_mask}
-        return splice(builder, self.expand[count], inputs)
+            inputs["indices"] = builder.call(share_selection, chosen[0], kv_lens, nodes.first, nodes.count, nodes.tree_mask)
+        return splice(builder, self.expand[nodes.count], inputs)
 
     def _regrown(
         self, builder: Builder, kv_lens: fx.Node, nodes: Frontier, grown: Sequence[tuple[fx.Node, fx.Node]]
     ) -> list[fx.Node]:
         """The same for a module that runs this level first: all rows grown so far, of which the last ones are returned."""
-        call, last = builder.call, nodes.first + nodes.tokens.meta["val"].shape[1]
+        call, last = builder.call, nodes.first + nodes.count
         tokens, hidden = (call(aten.cat.default, [pair[index] for pair in grown], 1) for index in (0, 1))
         inputs = {"input_ids": tokens, "hidden": hidden, "kv_lens": kv_lens}
         if nodes.tree_mask is None:

@@ -66,7 +66,8 @@ class AttachDraftModel(Pass):
         committed = builder.call(aten.add.Tensor, kv_lens, 1)
 
         def level(nodes: Frontier) -> fx.Node:
-            return self._level(builder, committed, nodes)
+            inputs = nodes.inputs(builder, committed, self.max_position)
+            return splice(builder, self.expand[nodes.count], inputs)[0]
 
         is_new = None
         if self.prefill is not None:  # rows that decode already keep their draft
@@ -80,20 +81,6 @@ class AttachDraftModel(Pass):
         value = find_slot(self.catch_up, "input_ids")
         assert value is not None, "a draft reads input_ids"
         return int(value.meta["val"].shape[1])
-
-    def _level(self, builder: Builder, committed: fx.Node, nodes: Frontier) -> fx.Node:
-        """Logits of one level's nodes; they stand in the cache behind the rows of the levels above."""
-        count = nodes.tokens.meta["val"].shape[1]
-        append = builder.call(aten.add.Tensor, committed, nodes.first)
-        place = builder.call(aten.add.Tensor, committed, nodes.level)
-        inputs = {"input_ids": nodes.tokens, "kv_lens": append}
-        if nodes.tree_mask is None:
-            inputs["position_ids"] = builder.call(node_positions, place, count, self.max_position)
-        else:
-            siblings = builder.call(aten.zeros_like.default, nodes.tokens)  # they share a position
-            inputs["position_ids"] = builder.call(node_positions, place, count, self.max_position, siblings)
-            inputs |= {"kv_lens": committed, "append_lens": append, "tree_mask": nodes.tree_mask}
-        return splice(builder, self.expand[count], inputs)[0]
 
     def _fill_cache(self, module: fx.GraphModule) -> None:
         """Before the commit moves kv_lens: the prompt's rows of the draft's cache."""

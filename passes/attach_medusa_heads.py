@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from autospec.drafting import Frontier, Grower, committed_features
+from autospec.drafting import Frontier, Grower, committed_features, nothing_committed
 from autospec.ir.build import Builder, splice
 from autospec.ir.match import aten, calls, returned
 from autospec.ir.passes import Notes, Pass
-from autospec.ir.roles import with_role
 from autospec.kernels.commit import last_rows, store_draft
 from autospec.state import StateShape
 
@@ -34,8 +33,7 @@ class AttachMedusaHeads(Pass):
     draft_temperature: float = 1.0
 
     def requires(self, module: fx.GraphModule) -> Iterable[str]:
-        if not with_role(module, "commit"):
-            yield "a draft follows what was committed: run verify-draft or commit-prompt first"
+        return nothing_committed(module)
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         if any(calls(module, store_draft)):

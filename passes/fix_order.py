@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autospec.ir.build import Builder
+from autospec.ir.build import Builder, substitute
 from autospec.ir.match import argument, calls
 from autospec.ir.passes import Notes, Pass
 from autospec.kernels.ordered_attention import ordered_attention
@@ -38,7 +38,5 @@ class FixOrder(Pass):
             del options["tree_mask"]
             builder = Builder(module, node, node.meta.get("module", ""))
             ordered = builder.call(ordered_attention, **{name: value for name, value in options.items() if value is not None})
-            ordered.meta.update({key: value for key, value in node.meta.items() if key != "val"})
-            node.replace_all_uses_with(ordered)
-            module.graph.erase_node(node)
+            substitute(node, ordered)
         return len(found)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autospec.ir.build import Builder, device_of, value_of
+from autospec.ir.build import Builder, device_of, inherit, substitute, value_of
 from autospec.ir.match import Op, argument, aten, calls, is_call
 from autospec.ir.passes import Notes, Pass
 from autospec.kernels.fused_linear import fused_linear, fused_linear_normed
@@ -84,7 +84,7 @@ class FuseNeighbours(Pass):
 def _replace(module: fx.GraphModule, place: _Place) -> None:
     builder = Builder(module, place.result, place.linear.meta.get("module", ""))
     new = builder.call(fused_linear, place.x, *place.linear.args[1:], **place.options)
-    new.meta.update({key: value for key, value in place.linear.meta.items() if key != "val"})
+    inherit(new, place.linear)
     place.result.replace_all_uses_with(new)
     for node in (*place.between, place.linear):
         module.graph.erase_node(node)
@@ -200,9 +200,7 @@ def _prepared(module: fx.GraphModule, place: _Place, norm: _Norm) -> _Place | No
         for node in (whole, scaled, squares, whole.args[0]):
             module.graph.erase_node(node)  # type: ignore[arg-type]
         return None
-    whole.meta.update({key: value for key, value in before.meta.items() if key != "val"})
-    before.replace_all_uses_with(whole)
-    module.graph.erase_node(before)
+    substitute(before, whole)
     return wider
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autospec.ir.build import Builder, device_of, value_of
+from autospec.ir.build import Builder, device_of, substitute, value_of
 from autospec.ir.match import aten, calls
 from autospec.ir.passes import Notes, Pass
 from autospec.kernels.skinny_linear import skinny_linear
@@ -34,8 +34,6 @@ class NarrowLinears(Pass):
             if any(implementation.why_not(arguments) is None for implementation in skinny_linear.implementations):
                 builder = Builder(module, node, node.meta.get("module", ""))
                 replacement = builder.call(skinny_linear, *node.args)
-                replacement.meta.update({key: value for key, value in node.meta.items() if key != "val"})
-                node.replace_all_uses_with(replacement)
-                module.graph.erase_node(node)
+                substitute(node, replacement)
                 count += 1
         return count

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autospec.ir.build import Builder, declare
+from autospec.ir.build import Builder, declare, substitute
 from autospec.ir.match import aten, calls, operand
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.slots import Slot, slot_of
@@ -41,9 +41,7 @@ class PackLinears(Pass):
             builder = Builder(module, node, node.meta.get("module", ""))
             bias = node.args[2] if len(node.args) > 2 else None
             replacement = builder.call(linear, node.args[0], packed, bias)
-            replacement.meta.update({key: value for key, value in node.meta.items() if key != "val"})
-            node.replace_all_uses_with(replacement)
-            module.graph.erase_node(node)
+            substitute(node, replacement)
             if not weight.users:
                 module.graph.erase_node(weight)
             count += 1

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from autospec.ir.build import Builder, declare
+from autospec.ir.build import Builder, declare, substitute
 from autospec.ir.match import aten, calls, operand
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.slots import Form, Slot, slot_of
@@ -48,9 +48,7 @@ class QuantizeDraft(Pass):
             builder = Builder(module, node, node.meta.get("module", ""))
             bias = node.args[2] if len(node.args) > 2 else None
             new = builder.call(fused_linear, node.args[0], quantized, bias, scales)
-            new.meta.update({key: value for key, value in node.meta.items() if key != "val"})
-            node.replace_all_uses_with(new)
-            module.graph.erase_node(node)
+            substitute(node, new)
             if not weight.users:
                 module.graph.erase_node(weight)
             count += 1

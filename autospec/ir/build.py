@@ -90,6 +90,18 @@ def declare(module: fx.GraphModule, slot: Slot, value: torch.Tensor | None = Non
     return node
 
 
+def inherit(new: fx.Node, node: fx.Node) -> None:
+    """Note about `new` what was noted about `node`, all but its value."""
+    new.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+
+
+def substitute(node: fx.Node, new: fx.Node) -> None:
+    """Let `new` stand for `node`, which is erased: to those who read it, and with what was noted about it."""
+    inherit(new, node)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
 def splice(builder: Builder, part: fx.GraphModule, inputs: Mapping[str, fx.Node]) -> list[fx.Node]:
     """Copy `part` in front of the builder's anchor and return the nodes that stand for its outputs.
 
@@ -108,7 +120,7 @@ def splice(builder: Builder, part: fx.GraphModule, inputs: Mapping[str, fx.Node]
         args = fx.map_arg(node.args, lambda n: mapped[n])
         kwargs = fx.map_arg(node.kwargs, lambda n: mapped[n])
         copy = builder.call(node.target, *args, **kwargs)
-        copy.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+        inherit(copy, node)
         copy.meta["module"] = ".".join(filter(None, (builder.owner, node.meta.get("module", ""))))
         mapped[node] = copy
     raise AssertionError("a graph to splice has no output node")

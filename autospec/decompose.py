@@ -205,15 +205,17 @@ def _is_written_part(node: fx.Node) -> bool:
 
 
 def _keeps_kind(node: fx.Node) -> bool:
-    """Whether the new tensor has the dtype and shape of what is written to: bf16 times float32 is float32, x > 0 is bool."""
+    """Whether the new tensor has the dtype, shape and strides of what is written to: bf16 times float32 is float32, x > 0 is
+    bool, and a cumsum or a masked_fill of a transposed tensor is contiguous, which later views would not expect."""
     before = node.args[0].meta["val"]  # type: ignore[union-attr]
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
     try:
         with _on_fakes(node):
             after = _functional_of(node)(*args, **kwargs)
+            is_kept = isinstance(after, Tensor) and before.dtype == after.dtype and before.shape == after.shape
+            return is_kept and bool(before.stride() == after.stride())
     except (RuntimeError, ValueError, TypeError):
         return False
-    return isinstance(after, Tensor) and before.dtype == after.dtype and before.shape == after.shape
 
 
 def _functional_of(node: fx.Node) -> Any:

@@ -102,6 +102,7 @@ TRACED = {
     "in place, a power": lambda x: x.sin().pow_(2), "parts of nothing": lambda x: torch.cat([*x[..., :0].chunk(2, -1), x], -1),
     "in place, by another dtype and its sizes": lambda x: x.sin().addcmul_(x.cos().double(), x.exp().double()),
     "in place, twice": lambda x: x.clone().add_(1).mul_(3), "parts that are missing": lambda x: x.chunk(5, -1)[3],
+    "in place, in another order of memory": lambda x: x.transpose(1, 2).cos().cumsum_(1).sin().transpose(1, 2).flatten(1),
     "in place, in another shape": lambda x: x.transpose(0, 1).add_(1), "dropout": lambda x: torch.dropout(x, 0.0, True),
     "a forced copy": lambda x: x.to(torch.bfloat16, copy=True),
     "another device's copy": lambda x: x.to("cpu", torch.float32, copy=True),

@@ -21,6 +21,7 @@ from autospec.kernels.noise import row_key
 from autospec.limits import (
     SMALLEST_BUCKET,
     Limits,
+    check_index_form,
     check_index_quantization,
     next_power_of_two,
     saved_shapes,
@@ -303,6 +304,7 @@ def optimize(
         shown = f"{batch_buckets!r:.60}"
         raise OptionError(f"batch_buckets must be positive integers, got {shown}", at=f"batch_buckets={shown}",
                           where="autospec.optimize", help="for example batch_buckets=(16, 32)")  # fmt: skip
+    check_index_form(index_quantization)
     limit_threads()
     nodes = exact_nodes(exact, chosen)
     captured = capture_all(model, chosen, max_length)

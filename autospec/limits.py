@@ -75,15 +75,19 @@ def saved_shapes(
     return tuple(dict.fromkeys(shape_for(facts, fixed, speculation, size, length, kind) for size in sizes for kind in kinds))
 
 
-def check_index_quantization(asked: object, target: ModelFacts, draft: ModelFacts | None) -> None:
-    """Raise OptionError for an unknown form of index keys, or where nothing has such keys."""
-    at = f"index_quantization={asked!r:.40}"
+def check_index_form(asked: object) -> None:
+    """Raise OptionError for an unknown form of index keys, before a model is captured."""
     if asked not in (None, "fp8"):
+        at = f"index_quantization={asked!r:.40}"
         raise OptionError(f"index_quantization must be 'fp8' or None, got {asked!r:.40}", at=at, where="autospec.optimize",
                           help="None keeps the keys that select keys as they are")  # fmt: skip
+
+
+def check_index_quantization(asked: str | None, target: ModelFacts, draft: ModelFacts | None) -> None:
+    """Raise OptionError where nothing has keys to quantise."""
     if asked and not target.num_indexers and not (draft is not None and draft.num_indexers):
-        raise OptionError("index_quantization is of models that select their keys, and this one attends to all", at=at,
-                          where=target.name, help="leave it out")  # fmt: skip
+        raise OptionError("index_quantization is of models that select their keys, and this one attends to all",
+                          at=f"index_quantization={asked!r:.40}", where=target.name, help="leave it out")  # fmt: skip
 
 
 def next_power_of_two(value: int) -> int:

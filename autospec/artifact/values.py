@@ -55,8 +55,11 @@ def from_json(kind: type[T], value: Any) -> T:
     """A dataclass of this module's kinds; every field must be there and nothing else."""
     names = {one.name for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if not isinstance(value, dict) or set(value) != names:
-        raise ArtifactError(f"the manifest describes a {kind.__name__} wrongly", at=repr(value)[:80], where="manifest.json",
-                            help="export the model again")  # fmt: skip
+        given = set(value) if isinstance(value, dict) else set()
+        named = [("lacks", names - given), ("has a strange", given - names)]
+        told = " and ".join(f"{what} {', '.join(sorted(which))}" for what, which in named if which)
+        raise ArtifactError(f"the manifest's {kind.__name__} {told:.120}", at=repr(value)[:80], where="manifest.json",
+                            help="if another version of autospec wrote it, export the model again")  # fmt: skip
     fields = {name: _field(kind, name, item) for name, item in value.items()}
     return kind(**fields)
 

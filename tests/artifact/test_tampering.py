@@ -196,6 +196,14 @@ def test_a_program_of_no_size(sealed: Callable[..., Path], size: Any) -> None:
     assert "describes a program of page_size" in text
 
 
+def test_a_shape_that_another_version_wrote(sealed: Callable[..., Path]) -> None:
+    text = refusal(sealed(lambda content: content["programs"][0]["shape"].pop("is_exact")))
+    assert "the manifest's Shape lacks is_exact" in text
+    text = refusal(sealed(lambda content: content["programs"][0]["shape"].update(is_exact=False, of_tomorrow=1)))
+    assert "the manifest's Shape has a strange of_tomorrow" in text
+    assert "export the model again" in text
+
+
 def test_a_tokenizer_that_is_none(broken: Path, refused: Callable[..., Any]) -> None:
     (broken / "tokenizer").mkdir(exist_ok=True)
     (broken / "tokenizer" / "tokenizer.json").write_text("{}")

@@ -1,7 +1,7 @@
 """From torch.export's training graph to the functional one that the passes read.
 
 `ExportedProgram.run_decompositions` traces the whole model again with symbolic shapes: 34 of the 50 s that capturing 32
-Llama layers took on a CPU (2026-11-21). Most models need no more than these renamings, which are done in place here; a graph
+Llama layers took on a CPU (2026-11-21). 133 of the 140 types in ZOO.md need no more than these renamings, which are done in place; a graph
 with anything else that writes or that is made of smaller ops is traced again as before. Capturing 32 layers of random weights,
 on a busy 4-core CPU, 2026-11-21: phi3 31 -> 11 s, mixtral 41 -> 12, glm 43 -> 13, gemma3 46 -> 11; 16 of DeepSeek-V3: 29 -> 8.
 
@@ -10,6 +10,8 @@ on a busy 4-core CPU, 2026-11-21: phi3 31 -> 11 s, mixtral 41 -> 12, glm 43 -> 1
     %v = aten.reshape(%x, [..])             ->  %v = aten.view(%x, [..])                where %x has the strides for it
     %v = aten.flatten(%x : [B, S, 2, 3], 2) ->  %v = aten.view(%x, [B, S, 6])           likewise
     %v = aten.reshape(%x, [..])             ->  %c = aten.clone(%x); %v = aten._unsafe_view(%c, [..])   where it has not
+    %c = aten.contiguous(%x)                ->  %x, or %c = aten.clone(%x)
+    %t = aten.numpy_T(%x : [2, 3])          ->  %t = aten.permute(%x, [1, 0])
     %p = aten.chunk(%x : [B, S, 6], 2, -1)  ->  %p = aten.split(%x, 3, -1)
     %y = aten.div_(%x, %z); use(%x, %y)     ->  %y = aten.div(%x, %z); use(%y, %y)      where nobody else has %x's memory
     %s = aten.slice(%x, 3, 0, 8); aten.copy_(%s, %z); use(%x)
@@ -25,11 +27,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._export.utils import _is_preservable_cia_op
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default)
-_RENAMED = {*_CASTS, aten.reshape.default, aten.flatten.using_ints, aten.dropout.default, aten.chunk.default}
-# Made of smaller ops, but kept as they are: torch keeps them, too, and the passes read them so.
+_RENAMED = {
+    *_CASTS, aten.reshape.default, aten.flatten.using_ints, aten.dropout.default, aten.chunk.default, aten.contiguous.default,
+    aten.numpy_T.default,
+}  # fmt: skip
+# Made of smaller ops, but kept as they are, and never a view.
 _KEPT = {
     aten.linear.default, aten.matmul.default, aten.sym_size.int, aten.softmax.int, aten.layer_norm.default,
     aten.repeat_interleave.self_int,
@@ -56,14 +62,14 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Whether a node stays as it is, or can be renamed."""
+    """Whether a node stays as it is (of ops made of smaller ones, those that torch's own tracing keeps), or can be renamed."""
     if not _is_op(node):
         return node.op != "get_attr" and node.op != "call_module" and _is_python(node)
     if node.target in _RENAMED:
         return _rename_of(node) is not None
     if _schema(node).is_mutable:
         return _can_write_anew(node)
-    return node.target in _KEPT or not _is_composite(node)
+    return node.target in _KEPT or not _is_composite(node) or _is_preservable_cia_op(node.target)  # type: ignore[arg-type]
 
 
 def _is_op(node: fx.Node) -> bool:
@@ -93,6 +99,10 @@ def _rename_of(node: fx.Node) -> _Call | None:
         return None if arguments[2] else (aten.alias.default, (source,), {})
     if node.target is aten.chunk.default:
         return _split_of(node)
+    if node.target is aten.contiguous.default:
+        return _contiguous_of(node)
+    if node.target is aten.numpy_T.default:
+        return aten.permute.default, (source, [*reversed(range(source.meta["val"].dim()))]), {}
     if node.target is aten.flatten.using_ints:
         sizes = [-1 if axis is None else source.meta["val"].shape[axis] for axis in _flat_axes(node)]
     else:
@@ -137,6 +147,17 @@ def _split_of(node: fx.Node) -> _Call | None:
     parts = [part.shape[at] for part in node.meta["val"]]
     is_plain = len(parts) == count and all(isinstance(size, int) and size for size in parts)
     return (aten.split.Tensor, (source, parts[0], at), {}) if is_plain else None
+
+
+def _contiguous_of(node: fx.Node) -> _Call | None:
+    """The operand itself, or a copy; None: another memory format was asked for."""
+    source: Any = node.args[0]
+    if node.kwargs or len(node.args) > 1:
+        return None
+    with _on_fakes(source):
+        is_contiguous = source.meta["val"].is_contiguous()
+    options = {"memory_format": torch.contiguous_format}
+    return (aten.alias.default, (source,), {}) if is_contiguous else (aten.clone.default, (source,), options)
 
 
 def _flat_axes(node: fx.Node) -> list[int | None]:

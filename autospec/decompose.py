@@ -1,9 +1,10 @@
 """From torch.export's training graph to the functional one that the passes read.
 
 `ExportedProgram.run_decompositions` traces the whole model again with symbolic shapes: 34 of the 50 s that capturing 32
-Llama layers took on a CPU (2026-11-21). 133 of the 140 types in ZOO.md need no more than these renamings, which are done in place; a graph
-with anything else that writes or that is made of smaller ops is traced again as before. Capturing 32 layers of random weights,
-on a busy 4-core CPU, 2026-11-21: phi3 31 -> 11 s, mixtral 41 -> 12, glm 43 -> 13, gemma3 46 -> 11; 16 of DeepSeek-V3: 29 -> 8.
+Llama layers took on a CPU (2026-11-21). Most models (133 of the 140 types in ZOO.md) need no more than these renamings, which
+are done in place here; a graph with anything else that writes, or that is made of smaller ops which that tracing would not
+keep, is traced again as before. Capturing 32 layers of random weights, on a busy 4-core CPU, 2026-11-21: phi3 31 -> 11 s,
+mixtral 41 -> 12, glm 43 -> 13, gemma3 46 -> 11; 16 of DeepSeek-V3: 29 -> 8.
 
     %c = aten.to.dtype(%x : f32, bf16)      ->  %c = aten._to_copy(%x, dtype=bf16)      type_as likewise
     %c = aten.to.dtype(%x : f32, f32)       ->  %x                                      dropout(%x, p, False) likewise

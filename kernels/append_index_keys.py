@@ -41,12 +41,12 @@ SMALLEST = 1e-30  # a row of zeros has a scale, too, and its inverse is a number
 
 def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
     """k [..., Di] -> float8_e4m3fn [..., Di] and scales [...] float32, powers of two. What is not finite becomes NaN, and its row's
-    scale 1."""
+    scale 1; what is finite beside it goes as far as float8 does."""
     wide = k.float()
     top = wide.abs().amax(-1)
     top = top.masked_fill(~top.isfinite(), LARGEST).clamp(min=SMALLEST)
     scales = (((top * (1 / LARGEST)).view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # the next power of two
-    keys = wide.masked_fill(~wide.isfinite(), float("nan")) / scales.unsqueeze(-1)
+    keys = (wide / scales.unsqueeze(-1)).clamp(-LARGEST, LARGEST).masked_fill(~wide.isfinite(), float("nan"))
     return keys.to(KEYS), scales
 
 
@@ -111,7 +111,8 @@ def append_key_rows(
     top = tl.maximum(tl.where(top < float("inf"), top, _FULL), _FLOOR)
     power = ((top * _INVERSE).to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
     inverse = ((254 << 23) - power).to(tl.float32, bitcast=True)
-    b_key = float8_bits(tl.where(m_finite, b_k * inverse, float("nan")))
+    b_scaled = tl.minimum(tl.maximum(b_k * inverse, -_FULL), _FULL)
+    b_key = float8_bits(tl.where(m_finite, b_scaled, float("nan")))
     p_row = page * PAGE + offset
     tl.store(p_pages + p_row * D + o_d, b_key.to(p_pages.dtype.element_ty, bitcast=True), mask=o_d < D)
     tl.store(p_scales + p_row, power.to(tl.float32, bitcast=True))

@@ -117,7 +117,7 @@ def test_append_writes_its_slots_and_no_others(interpreted, seed, q_len, dim, dt
 def test_triton_treats_what_is_no_number_as_the_reference_does(interpreted):
     pages, scales, table = buffers(torch.Generator().manual_seed(1), 1, 2, 8)
     k = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(2))
-    k[0, 0, 2], k[0, 1, 5] = float("nan"), float("inf")
+    k[0, 0, 2], k[0, 1, 5], k[0, 1, :2] = float("nan"), float("inf"), torch.tensor([-7e4, 3e38])
     rest = k, table, torch.tensor([1]).int()
     theirs = appended(append_index_keys, (pages, scales), *rest)
     mine = appended(lambda *args: interpreted(FILE, "append_index_keys_triton", *args), (pages, scales), *rest)

@@ -28,9 +28,9 @@ from autospec.kernels.launch import (
     tl,
     wrap_triton,
 )
-from autospec.kernels.paged_attention import visible_slots
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
+from autospec.kernels.visible_slots import visible_slots
 
 
 @kernel_op()

@@ -24,7 +24,7 @@ from autospec.kernels.launch import (
     tl,
     wrap_triton,
 )
-from autospec.kernels.paged_attention import block_pages, load_rows, row_numbers
+from autospec.kernels.page_blocks import block_pages, load_rows, row_numbers
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, deviation, time_graph
 

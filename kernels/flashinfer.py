@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from autospec.kernels.launch import multiprocessors
-from autospec.kernels.paged_attention import bench_cases, paged_attention, paged_attention_triton, visible_slots
+from autospec.kernels.paged_attention import bench_cases, paged_attention, paged_attention_triton
 from autospec.kernels.timing import Measurement, measure
+from autospec.kernels.visible_slots import visible_slots
 
 SERIES = "0.7."  # releases whose inner interface (get_xqa_module) this file was written against: 0.7.2
 TILE_ROWS, TILE_SLOTS = 32, 256  # XQA's tile with N > 1: rows (node, head), and slots; mha.cu

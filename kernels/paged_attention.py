@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autospec.kernels.attention import alibi_bias, attend, see
+from autospec.kernels.attention import alibi_bias, attend
 from autospec.kernels.launch import (
     can_wait,
     gdc_launch_dependents,
@@ -33,46 +33,13 @@ from autospec.kernels.launch import (
     wrap_triton,
 )
 from autospec.kernels.native import not_on_cpu, why_not_built
+from autospec.kernels.page_blocks import block_pages, depth_of, linked_nodes, load_rows, row_numbers
+from autospec.kernels.page_samples import random_tree, sample_places
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.splits import combine, split_buffers, store_share
 from autospec.kernels.timing import Measurement, measure
 from autospec.kernels.tree_tables import tree_tables
-
-
-def unpack_tree_mask(tree_mask: Tensor) -> Tensor:
-    """tree_mask [B, T, >= ceil(T/32)] int32 -> bool [B, T, T]: node j is visible from node i."""
-    node = torch.arange(tree_mask.shape[1], device=tree_mask.device)
-    words = tree_mask.index_select(2, node // 32)
-    return ((words >> (node % 32).to(torch.int32)) & 1).bool()
-
-
-def slot_positions(
-    kv_lens: Tensor, q_len: int, num_slots: int, tree_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Positions of the nodes [B, N], of what the slots hold [B, num_slots], and which slots a tree links, or None."""
-    committed = kv_lens.long()[:, None]
-    slot = torch.arange(num_slots, device=kv_lens.device)[None, :]
-    if tree_mask is None:
-        return committed + torch.arange(q_len, device=kv_lens.device)[None, :], slot, None
-    among_nodes = unpack_tree_mask(tree_mask)
-    count = tree_mask.shape[1]
-    depth = among_nodes.sum(-1) - 1
-    node = slot - committed  # which node a slot holds; negative: committed
-    is_node = (node >= 0) & (node < count)
-    node = node.clamp(0, count - 1)
-    position = torch.where(is_node, committed + depth.gather(1, node), slot)
-    linked = among_nodes[:, count - q_len :].gather(2, node[:, None, :].expand(-1, q_len, -1))
-    allowed = torch.where(is_node[:, None, :], linked, slot[:, None, :] < committed[:, :, None])
-    return committed + depth[:, count - q_len :], position, allowed
-
-
-def visible_slots(
-    kv_lens: Tensor, q_len: int, num_slots: int, window: int, chunk: int, tree_mask: Tensor | None
-) -> Tensor:
-    """Which of a request's slots each of its nodes sees: bool [B, N, num_slots]."""
-    query, position, allowed = slot_positions(kv_lens, q_len, num_slots, tree_mask)
-    visible = see(query[:, :, None], position[:, None, :], window, chunk)
-    return visible if allowed is None else allowed & visible
+from autospec.kernels.visible_slots import slot_positions, visible_slots
 
 
 @kernel_op()
@@ -169,73 +136,6 @@ def choose_tile(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor)
 
 
 @jit
-def bits_set(b_word):
-    """Bits set in each int32."""
-    b = b_word.to(tl.uint32, bitcast=True)
-    b = b - ((b >> 1) & 0x55555555)
-    b = (b & 0x33333333) + ((b >> 2) & 0x33333333)
-    b = (b + (b >> 4)) & 0x0F0F0F0F
-    b = b + (b >> 8)
-    return ((b + (b >> 16)) & 0x3F).to(tl.int32)
-
-
-@jit
-def depth_of(p_mask, o_node, m_node, WORDS: tl.constexpr):
-    """Depth of nodes: bits set in their mask rows, less one; p_mask points at the request."""
-    b_depth = o_node * 0 - 1
-    for i_w in range(WORDS):
-        b_depth += bits_set(tl.load(p_mask + o_node * WORDS + i_w, mask=m_node, other=0))
-    return b_depth
-
-
-@jit
-def block_pages(p_table, i_t, capacity, T: tl.constexpr, PAGE: tl.constexpr):
-    """Physical pages of the slots of block i_t: up to four scalars, or else one number per slot and three unused."""
-    if PAGE % T == 0:
-        page = tl.load(p_table + i_t * T // PAGE, mask=i_t * T < capacity, other=0)
-        return page, page, page, page
-    elif T % PAGE == 0 and T // PAGE <= 4:
-        COUNT: tl.constexpr = T // PAGE
-        first = i_t * COUNT
-        page_0 = tl.load(p_table + first, mask=first * PAGE < capacity, other=0)
-        page_1 = tl.load(p_table + first + 1, mask=(first + 1) * PAGE < capacity, other=0)
-        page_2, page_3 = page_1, page_1
-        if COUNT == 4:
-            page_2 = tl.load(p_table + first + 2, mask=(first + 2) * PAGE < capacity, other=0)
-            page_3 = tl.load(p_table + first + 3, mask=(first + 3) * PAGE < capacity, other=0)
-        return page_0, page_1, page_2, page_3
-    else:
-        o_t = i_t * T + tl.arange(0, T)
-        b_page = tl.load(p_table + o_t // PAGE, mask=o_t < capacity, other=0)
-        return b_page, b_page, b_page, b_page
-
-
-@jit
-def row_numbers(pages, i_t, T: tl.constexpr, PAGE: tl.constexpr, IS_WIDE: tl.constexpr):
-    """Rows of the page buffers that hold the slots of block i_t. Selecting among scalars moves no data between threads,
-    as a load of T page numbers would."""
-    o_t = tl.arange(0, T)
-    page = pages[0]
-    if T % PAGE == 0 and T // PAGE <= 4:
-        page = tl.where(o_t < PAGE, pages[0], pages[1])
-        if T // PAGE == 4:
-            page = tl.where(o_t < 2 * PAGE, page, tl.where(o_t < 3 * PAGE, pages[2], pages[3]))
-    if IS_WIDE:
-        page = page.to(tl.int64)
-    return page * PAGE + (o_t % PAGE if T % PAGE == 0 else (i_t * T + o_t) % PAGE)
-
-
-@jit
-def load_rows(p_pages, b_row, m_t, o_d, STRIDE: tl.constexpr, D: tl.constexpr):
-    """Rows of the pages, [T, BLOCK_D]; masked past D, and by m_t unless that is None."""
-    p_rows = p_pages + (b_row * STRIDE)[:, None] + o_d[None, :]
-    if m_t is None:
-        return tl.load(p_rows) if o_d.shape[0] == D else tl.load(p_rows, mask=(o_d < D)[None, :], other=0.0)
-    else:
-        return tl.load(p_rows, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
-
-
-@jit
 def fold_in(b_q, b_k, b_v, m_visible, b_bias, b_top, b_sum, b_acc, scale, SOFTCAP: tl.constexpr):
     """One step of the online softmax in powers of two; b_top is finite, so that a row that sees nothing stays 0."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
@@ -256,25 +156,6 @@ def fold_in(b_q, b_k, b_v, m_visible, b_bias, b_top, b_sum, b_acc, scale, SOFTCA
     b_sum = b_sum * b_keep + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision="ieee")
     return b_new, b_sum, b_acc
-
-
-@jit
-def linked_nodes(p_mask, i_t, kv_len, o_node, m_m, WORDS: tl.constexpr, T: tl.constexpr):
-    """Which slots of block i_t hold an ancestor or the row's own node: [M, T]; p_mask points at the request.
-
-    The block's nodes lie in at most (T + 30) // 32 + 1 words of a mask row: a row loads those and no bit is gathered.
-    """
-    o_slot_node = i_t * T - kv_len + tl.arange(0, T)
-    o_word = o_slot_node >> 5
-    i_first = (i_t * T - kv_len) >> 5
-    o_first = o_node * 0 + i_first
-    m_word = m_m & (o_first >= 0) & (o_first < WORDS)
-    b_word = tl.load(p_mask + o_node * WORDS + o_first, mask=m_word, other=0)[:, None]
-    for i in tl.static_range(1, (T + 30) // 32 + 1):
-        m_word = m_m & (o_first >= -i) & (o_first < WORDS - i)
-        b_more = tl.load(p_mask + o_node * WORDS + o_first + i, mask=m_word, other=0)
-        b_word = tl.where((o_word == i_first + i)[None, :], b_more[:, None], b_word)
-    return ((b_word >> (o_slot_node & 31)[None, :]) & 1) != 0
 
 
 @jit
@@ -469,34 +350,6 @@ def sample(args: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any
         for name in ("q", "k_pages", "v_pages", "sinks", "alibi_slopes") if args[name] is not None
     }
     return {**args, **floats, **sample_places(args, args["q"].shape[1], args["k_pages"], generator)}
-
-
-def sample_places(args: Mapping[str, Any], q_len: int, pages: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Page table, lengths, valid rows and tree masks for a sample of an op over `pages`."""
-    device, (batch, max_pages) = generator.device, args["page_table"].shape
-    middle = max_pages * pages.shape[1] // 2
-    spread = torch.randint(-(middle // 8), middle // 8 + 1, (batch,), generator=generator, device=device)
-    order = torch.randperm(max(pages.shape[0] - 1, 1), generator=generator, device=device)
-    slots = torch.arange(batch * max_pages, device=device) % order.shape[0]
-    made: dict[str, Any] = {
-        "page_table": (1 + order[slots]).clamp(max=pages.shape[0] - 1).reshape(batch, max_pages).int(),
-        "kv_lens": (middle + spread - q_len).clamp(min=0).int(),
-    }
-    if args["q_lens"] is not None:
-        made["q_lens"] = torch.full((batch,), q_len, dtype=torch.int32, device=device)
-    if args["tree_mask"] is not None:
-        count, words = args["tree_mask"].shape[1:]
-        mask = tree_tables.reference(random_tree(batch, count, generator))[0]
-        made["tree_mask"] = torch.nn.functional.pad(mask, (0, words - mask.shape[2]))
-    return made
-
-
-def random_tree(batch: int, count: int, generator: torch.Generator) -> Tensor:
-    """tree_parents [B, N] int32: each node's parent is any node before it."""
-    device = generator.device
-    share = torch.rand(batch, count - 1, generator=generator, device=device)
-    parents = (share * torch.arange(1, count, device=device)).int()
-    return torch.nn.functional.pad(parents, (1, 0), value=-1)
 
 
 def bench_cases(device: torch.device) -> Iterator[tuple[str, int, Tensor, tuple[Any, ...]]]:

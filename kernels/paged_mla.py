@@ -31,19 +31,14 @@ from autospec.kernels.launch import (
     wrap_triton,
 )
 from autospec.kernels.native import not_on_cpu
-from autospec.kernels.paged_attention import (
-    block_pages,
-    linked_nodes,
-    load_rows,
-    row_numbers,
-    sample_places,
-    visible_slots,
-)
+from autospec.kernels.page_blocks import block_pages, linked_nodes, load_rows, row_numbers
+from autospec.kernels.page_samples import sample_places
 from autospec.kernels.paged_attention import why_not_cpu as why_not_paged_attention
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.splits import combine, split_buffers, store_share
 from autospec.kernels.timing import Measurement, measure
 from autospec.kernels.tree_tables import tree_tables
+from autospec.kernels.visible_slots import visible_slots
 
 
 @kernel_op()

@@ -30,7 +30,7 @@ from autospec.kernels.launch import (
     tl,
     wrap_triton,
 )
-from autospec.kernels.paged_attention import load_rows
+from autospec.kernels.page_blocks import load_rows
 from autospec.kernels.paged_mla import (
     Tile,
     fold_scores,

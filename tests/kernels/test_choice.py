@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autospec.kernels import choice
-from autospec.kernels.paged_attention import paged_attention, unpack_tree_mask, visible_slots
+from autospec.kernels.paged_attention import paged_attention
 from autospec.kernels.paged_mla import paged_mla
 from autospec.kernels.registry import Implementation, KernelOp
+from autospec.kernels.visible_slots import unpack_tree_mask, visible_slots
 
 SPEEDS = {"quick": 3.5, "slow": 9.25, "wrong": 1.0, "broken": 1.0, "full": 1.0}
 

@@ -15,8 +15,9 @@ import autospec
 from autospec.errors import LoweringError, OptionError
 from autospec.kernels.attention import attend
 from autospec.kernels.ordered_attention import ordered_attention
-from autospec.kernels.paged_attention import paged_attention, visible_slots
+from autospec.kernels.paged_attention import paged_attention
 from autospec.kernels.registry import Implementation
+from autospec.kernels.visible_slots import visible_slots
 
 NEW = 40
 

@@ -123,6 +123,13 @@ def test_captured_passes_compute_what_the_head_computes(name: str) -> None:
             torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("name", ["eagle", "medusa"])
+def test_a_head_of_ours_is_traced_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written in ops that capture keeps or renames: traced again, a head of one layer took 3.8 s instead of 1.7."""
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", pytest.fail)
+    capture_head(head(name), captured("target"))
+
+
 @functools.cache
 def _family(family: str) -> tuple[Any, Any, dict[str, Tensor]]:
     """A tiny model, its graph with roles, and its weights; the checks of capture are tested elsewhere."""

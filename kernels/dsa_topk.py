@@ -71,9 +71,9 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
 
 
 BLOCK_S = 2048  # slots at a time; a split holds at least one block
-# Slots that one program keeps in registers. With running counts over a flat block, two thirds of its instructions then, one program
-# took 12 us for 4096 on an H100, 20 for 8192 and 38 for 16000; five launches take 23, 29 and, for 32768, 32 (2026-11-21).
-MOST_WHOLE = 8192
+# Slots that one program keeps in registers: 12.9 us for 4096 on an H100, 17.4 for 8192 and 28.4 for 16000, for one row as for 64;
+# five launches take 23.6, 28.5 and 28.7 for one row, and 51.8 for 64 of 16000 (2026-11-21).
+MOST_WHOLE = 16384
 
 # A row (i_r) is node i_n of request i_b; S splits (i_s) of its slots, each a run of blocks (o_s). The lowest score kept
 # is found as `ordered`, eight bits a launch, the highest first: a split counts those of its scores that may still be it
@@ -126,7 +126,7 @@ def running_counts(b_higher, b_tie):
 
 @jit
 def count_set(m_set):
-    return tl.sum(tl.sum(m_set.to(tl.int32), 1), 0)
+    return tl.sum(m_set.to(tl.int32))  # over the block as it lies: axis by axis took 1 to 4 us more of select_row's time
 
 
 @jit
@@ -319,7 +319,7 @@ def select_rows(
     block = max(power_of_2(num_slots), 16)
     wrap_triton(select_row, waits=True)[(batch * q_len,)](
         logits, kv_lens, q_lens, mask, out, logits.stride(0), logits.stride(1), q_len, earlier, num_slots, index_topk,
-        out.shape[2], WORDS=words, BLOCK_S=block, WAITS=can_wait(logits), num_warps=max(1, min(block // 512, 32)),
+        out.shape[2], WORDS=words, BLOCK_S=block, WAITS=can_wait(logits), num_warps=max(1, min(block // 1024, 32)),
     )
     return out
 

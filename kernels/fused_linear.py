@@ -146,15 +146,20 @@ class Tile:
 
 
 def choose_tile(rows: int, outputs: int, inputs: int, is_gated: bool, is_scaled: bool) -> Tile:
-    """The best of a sweep of about 30 tiles per layer on an H100 80GB SXM, Llama-3.1-8B, triton 3.6, 2026-11-21.
+    """The best of sweeps on an H100 80GB SXM, Llama-3.1-8B, triton 3.6, 2026-11-21: about 30 tiles per layer, and 8 in float8.
 
-    Not so for float8, whose tile was not swept: with it a chain's step takes 7.30 ms where bfloat16 takes 7.70 (BENCHMARKS.md); 32
-    outputs make 1188 lines of PTX, 64 make 2283 (triton 3.9, sm_90).
+    A float8 head's layers, us (64 outputs a program are 128 or fewer for o and down, so that 32 fill more multiprocessors):
+        8 rows, 32 outputs: qkv 40.0, o 14.2, gate and up 78.4, down 41.6, lm_head 71.9; 64: 30.8, 16.3, 59.0, 49.5, 56.8
+        64 rows, 32:             85.8,   29.1,             197.6,      93.4,         171.2; 64: 44.1, 23.9, 74.3, 74.3, 68.0
     """
-    wide, stages, warps = (128, 4, 8) if is_gated else (256, 4, 4) if rows <= 16 else (128, 6, 4)
+    fills = 64 * (96 if is_scaled and rows <= 16 else 64)  # outputs from which programs of 64 keep the GPU busy
+    across = 64 if outputs % 64 == 0 and outputs >= fills else 32
+    if is_scaled:
+        wide, stages, warps = (128, 4 if across == 64 else 6, 4) if rows > 16 else (256, 3 if across == 64 else 4, 4)
+    else:
+        wide, stages, warps = (128, 4, 8) if is_gated else (256, 4, 4) if rows <= 16 else (128, 6, 4)
     while inputs % wide:
         wide //= 2
-    across = 64 if outputs % 64 == 0 and outputs >= 64 * 64 and not is_scaled else 32
     return Tile(across, wide, stages, warps if across == 64 else 4)
 
 

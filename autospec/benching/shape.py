@@ -7,7 +7,7 @@ is a program over the same weights. What is reported of each:
     at asked the same, had every round accepted what was asked for: times asked over measured acceptance length
     whole    the same with prefill, over the wall time of the call
     step     median and 90th percentile of a step replayed in a row, rows in the middle of their output
-    host     mean wall time of a step in generate, less the median step
+    host     mean wall time of a step in generate, less the median step; nothing with buckets, whose steps differ
     bound    what a step must read (`autospec.benching.roofline`) over the read bandwidth measured in the same run
 
 Tokens mean nothing and no row ends early: there is no eos. Acceptance is drawn from a profile
@@ -112,7 +112,7 @@ class Row:
         asked_length, length: mean acceptance length, as asked for and as measured; None: plain decoding.
         per_depth: measured acceptance by depth.
         decode, whole: tokens/s of every round.
-        step, step_p90: of replayed steps; host: what generate takes longer, per step.
+        step, step_p90: of replayed steps; host: what generate takes longer, per step; None with buckets.
         deepest, first_children: levels of the drafts that replayed steps left behind, and nodes of their chains of first
             children, which bound acceptance; means.
         bound: of a step.
@@ -129,7 +129,7 @@ class Row:
     whole: list[float]
     step: float
     step_p90: float
-    host: float
+    host: float | None
     deepest: float
     first_children: float
     bytes: StepBytes
@@ -295,7 +295,8 @@ def measure(
     return Row(
         drafter.asked, str(tree), batch, profile.mean_length(rates) if rates else None,
         statistics.mean(lengths) if rates else None, [statistics.mean(one) for one in zip(*depths, strict=True)],
-        decode, whole, step, statistics.quantiles(times, n=10)[-1], statistics.median(waits) - step,
+        decode, whole, step, statistics.quantiles(times, n=10)[-1],
+        None if asked.buckets else statistics.median(waits) - step,
         *grown, read, read.total / bandwidth, start_up,
     )  # fmt: skip
 
@@ -382,13 +383,14 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         accepted = "" if row.length is None else f"{row.length:.2f} ({row.asked_length:.2f})"
+        host = "" if row.host is None else f"{1000 * row.host:.3f}"
         phases = " + ".join(
             f"{row.start_up[name]:.1f}" for name in ("capture", "passes", "compile", "weights_and_graphs", "prefill")
         )
         lines.append(
             f"| {row.speculation} | {row.batch} | **{statistics.median(row.decode):.1f}** | {row.at_asked:.1f} "
             f"| {statistics.median(row.whole):.1f} "
-            f"| {accepted} | {1000 * row.step:.3f}, {1000 * row.step_p90:.3f} | {1000 * row.host:.3f} "
+            f"| {accepted} | {1000 * row.step:.3f}, {1000 * row.step_p90:.3f} | {host} "
             f"| {_gigabytes(row.bytes)} | {1000 * row.bound:.3f} | {100 * row.fraction:.0f}% "
             f"| {row.start_up['first_token']:.1f} = {phases} |"
         )

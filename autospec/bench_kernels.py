@@ -18,7 +18,7 @@ FILES = [
     "paged_attention", "flashinfer", "fused_linear", "append_kv", "append_rotated", "compact_kv", "tree_tables",
     "accept_tree", "choose_tokens", "rank_children", "grow_frontier", "build_dynamic_tree", "ngram_propose", "skinny_linear",
     "synthesize_tokens",
-    "paged_mla", "flashinfer_mla", "append_latent", "expand_latent", "experts",
+    "paged_mla", "gluon_mla", "flashinfer_mla", "append_latent", "expand_latent", "experts",
     "append_index_keys", "dsa_indexer_logits", "dsa_topk", "paged_sparse_mla",
 ]  # fmt: skip
 BANDWIDTH = 3.0e12  # bytes per second, a large copy on an H100 80GB SXM, 2026-11-13

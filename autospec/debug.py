@@ -17,7 +17,7 @@ from pathlib import Path
 from autospec.errors import OptionError, unknown_option
 
 # What AUTOSPEC_DISABLE_KERNELS and AUTOSPEC_KERNELS may name; a word means every backend that it begins.
-BACKENDS = ("triton", "flashinfer", "flashinfer_xqa", "flashinfer_trtllm", "flashinfer_fa2", "cpu")
+BACKENDS = ("triton", "gluon", "flashinfer", "flashinfer_xqa", "flashinfer_trtllm", "flashinfer_fa3", "flashinfer_fa2", "cpu")
 ROUTES = ("native", "expanded")  # of AUTOSPEC_KERNELS, for ops that can take a step as requests of one token
 
 

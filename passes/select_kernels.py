@@ -17,7 +17,8 @@ from typing import Any
 from torch import fx
 
 import autospec.kernels.flashinfer
-import autospec.kernels.flashinfer_mla  # noqa: F401 - registers its implementations
+import autospec.kernels.flashinfer_mla
+import autospec.kernels.gluon_mla  # noqa: F401 - registers its implementations
 from autospec.debug import ROUTES, names
 from autospec.errors import OptionError, unknown_option
 from autospec.ir.build import value_of

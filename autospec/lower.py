@@ -106,10 +106,11 @@ def launch_directly(module: fx.GraphModule) -> None:
 def inline_references(module: fx.GraphModule) -> int:
     """Replace canonical ops that run their reference by the reference's aten ops, so that Inductor fuses them."""
     count = 0
+    traced: dict[Any, fx.Graph] = {}  # layers call an op with the same shapes, and tracing one takes 10 to 20 ms
     for node in list(module.graph.nodes):
         kernel = find(node.target) if node.op == "call_function" else None
         if kernel is not None:
-            _inline(module, node, kernel)
+            _inline(module, node, kernel, traced)
             count += 1
     module.graph.eliminate_dead_code()
     module.graph.lint()
@@ -117,11 +118,17 @@ def inline_references(module: fx.GraphModule) -> int:
     return count
 
 
-def _inline(module: fx.GraphModule, node: fx.Node, kernel: KernelOp) -> None:
+def _alike(value: Any) -> Any:
+    """What a reference's trace depends on of an argument."""
+    return (value.dtype, value.shape, value.stride(), value.device) if isinstance(value, Tensor) else repr(value)
+
+
+def _inline(module: fx.GraphModule, node: fx.Node, kernel: KernelOp, traced: dict[Any, fx.Graph]) -> None:
     bound = kernel.bind(node.args, node.kwargs)
     leaves, spec = torch.utils._pytree.tree_flatten(tuple(bound.values()))
     flat_values = value_of(leaves)
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+    known = kernel.name, spec, *map(_alike, flat_values)
 
     def over_tensors(*given: torch.Tensor) -> Any:
         filled = list(flat_values)
@@ -129,13 +136,14 @@ def _inline(module: fx.GraphModule, node: fx.Node, kernel: KernelOp) -> None:
             filled[index] = tensor
         return kernel.reference(*torch.utils._pytree.tree_unflatten(filled, spec))
 
-    with fake_mode(module), torch.no_grad():
-        traced = make_fx(over_tensors)(*[flat_values[i] for i in tensors])
+    if known not in traced:
+        with fake_mode(module), torch.no_grad():
+            traced[known] = make_fx(over_tensors)(*[flat_values[i] for i in tensors]).graph
     builder = Builder(module, node, node.meta.get("module", ""))
     mapped: dict[fx.Node, Any] = {}
     sources = iter([leaves[i] for i in tensors])
     results: Any = None
-    for inner in traced.graph.nodes:
+    for inner in traced[known].nodes:
         if inner.op == "placeholder":
             mapped[inner] = next(sources)
         elif inner.op == "output":

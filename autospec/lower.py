@@ -61,12 +61,17 @@ def lower_program(
         records += run_stages(
             module, [pipeline.select()], graph_name=name, debug=debug.options(), left_out=left_out, first=ran
         )
-        graphs[name] = lower(module, name, "replayed" if unlowered.shape.is_exact and compile == "inductor" else compile)
+        graphs[name] = lower(module, name, manner(unlowered.shape, compile))
     for graph in graphs.values():
         for slot in graph.slots:
             if slot.kind == "weight" and slot.name not in bound:
                 bound[slot.name] = materialise(slot, unlowered.weights)
     return Program(unlowered.shape, unlowered.facts, graphs, bound, records)
+
+
+def manner(shape: Shape, compile: str) -> str:
+    """How graphs of a program are lowered: what is asked for, but Inductor would round an exact one's steps in several ways."""
+    return "replayed" if shape.is_exact and compile == "inductor" else compile
 
 
 def lower(module: fx.GraphModule, name: str, how: str) -> Graph:

@@ -7,6 +7,7 @@ is a program over the same weights. What is reported of each:
     at asked the same, had every round accepted what was asked for: times asked over measured acceptance length
     whole    the same with prefill, over the wall time of the call
     step     median and 90th percentile of a step replayed in a row, rows in the middle of their output
+    verify   the same of a step that verifies a whole draft and drafts nothing, with --verify
     host     mean wall time of a step in generate, less the median step; nothing with buckets, whose steps differ
     bound    what a step must read (`autospec.benching.roofline`) over the read bandwidth measured in the same run
 
@@ -41,7 +42,7 @@ from autospec.assemble import Draft, capture_model
 from autospec.benching import profile
 from autospec.benching.random_model import DRAFT_TOP1, random_head, random_model, random_mtp
 from autospec.benching.roofline import StepBytes, read_bandwidth, step_bytes
-from autospec.benching.steps import Frozen, only_step
+from autospec.benching.steps import Frozen, only_step, verify_only
 from autospec.capture_head import capture_head
 from autospec.config import Eagle3Config, MTPConfig, Speculation, tree_of
 from autospec.errors import OptionError, unknown_option
@@ -112,7 +113,8 @@ class Row:
         asked_length, length: mean acceptance length, as asked for and as measured; None: plain decoding.
         per_depth: measured acceptance by depth.
         decode, whole: tokens/s of every round.
-        step, step_p90: of replayed steps; host: what generate takes longer, per step; None with buckets.
+        step, step_p90: of replayed steps; verify: of steps that draft nothing; None: not asked for.
+        host: what generate takes longer, per step; None with buckets.
         deepest, first_children: levels of the drafts that replayed steps left behind, and nodes of their chains of first
             children, which bound acceptance; means.
         bound: of a step.
@@ -129,6 +131,7 @@ class Row:
     whole: list[float]
     step: float
     step_p90: float
+    verify: float | None
     host: float | None
     deepest: float
     first_children: float
@@ -167,6 +170,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--new-tokens", type=int, default=512, help="tokens to decode of each (default 512)")
     made.add_argument("--buckets", type=sizes, default=(), metavar="B,B,...",
                       help="rows of narrower programs that go on at the end of a batch (default none)")  # fmt: skip
+    made.add_argument("--verify", action="store_true", help="also time steps that verify and do not draft: one more to compile")
     made.add_argument("--exact", action="store_true", help="with exact=True: what bits that do not depend on the draft cost")
     made.add_argument("--rounds", type=int, default=5, help="timed calls; the median counts (default 5)")
     made.add_argument("--dtype", default=None, choices=DTYPES, help="of the weights (default bf16; fp32 on a CPU)")
@@ -284,18 +288,24 @@ def measure(
     del fast
     _free(asked.device)  # the caches of generate, before those of the replayed step
     times, grown = _replay(asked, program, batch)
-    step = statistics.median(times)
+    step, verify = statistics.median(times), None
     read = step_bytes(
         loaded.target, loaded.head(drafter), tree, batch, asked.prompt + asked.new_tokens // 2,
         is_quantized=drafter.options is not None and "draft_quantization" in drafter.options,
         length=profile.mean_length(rates),
     )  # fmt: skip
+    built = program.shape
     del program
     _free(asked.device)
+    if asked.verify and drafter.options is not None:
+        alone = verify_only(loaded.target, built, tree.max_draft_len, asked.compile, loaded.weights["none"])
+        verify = statistics.median(_replay(asked, alone, batch)[0])
+        del alone
+        _free(asked.device)
     return Row(
         drafter.asked, str(tree), batch, profile.mean_length(rates) if rates else None,
         statistics.mean(lengths) if rates else None, [statistics.mean(one) for one in zip(*depths, strict=True)],
-        decode, whole, step, statistics.quantiles(times, n=10)[-1],
+        decode, whole, step, statistics.quantiles(times, n=10)[-1], verify,
         None if asked.buckets else statistics.median(waits) - step,
         *grown, read, read.total / bandwidth, start_up,
     )  # fmt: skip
@@ -377,20 +387,20 @@ def _prompts(asked: argparse.Namespace, loaded: Loaded, batch: int, number: int)
 def table(rows: Sequence[Row]) -> str:
     """Markdown; milliseconds, GB, seconds."""
     lines = [
-        "| speculation | batch | decode tok/s | at asked | whole tok/s | accepted (asked) | step ms, p90 | host ms | GB a step | "
-        "bound ms | reached | start-up s: capture + passes + compile + graphs + prefill |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| speculation | batch | decode tok/s | at asked | whole tok/s | accepted (asked) | step ms, p90 | verify ms | host ms "
+        "| GB a step | bound ms | reached | start-up s: capture + passes + compile + graphs + prefill |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         accepted = "" if row.length is None else f"{row.length:.2f} ({row.asked_length:.2f})"
-        host = "" if row.host is None else f"{1000 * row.host:.3f}"
+        verify, host = ("" if one is None else f"{1000 * one:.3f}" for one in (row.verify, row.host))
         phases = " + ".join(
             f"{row.start_up[name]:.1f}" for name in ("capture", "passes", "compile", "weights_and_graphs", "prefill")
         )
         lines.append(
             f"| {row.speculation} | {row.batch} | **{statistics.median(row.decode):.1f}** | {row.at_asked:.1f} "
             f"| {statistics.median(row.whole):.1f} "
-            f"| {accepted} | {1000 * row.step:.3f}, {1000 * row.step_p90:.3f} | {host} "
+            f"| {accepted} | {1000 * row.step:.3f}, {1000 * row.step_p90:.3f} | {verify} | {host} "
             f"| {_gigabytes(row.bytes)} | {1000 * row.bound:.3f} | {100 * row.fraction:.0f}% "
             f"| {row.start_up['first_token']:.1f} = {phases} |"
         )

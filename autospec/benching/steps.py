@@ -28,7 +28,7 @@ from autospec import debug, pipeline
 from autospec.assemble import copy_graph
 from autospec.ir.runner import run_stages
 from autospec.ir.sizes import constants_of
-from autospec.lower import lower
+from autospec.lower import lower, manner
 from autospec.program import SCRATCH_PAGES, CapturedModel, Program, Shape, materialise
 from autospec.runtime.replay import as_cuda_graph
 from autospec.runtime.session import Session
@@ -49,7 +49,7 @@ def verify_only(
     module, name = copy_graph(target.graph), f"step_{draft_len}"
     run_stages(module, pipeline.step(shape, target.facts, None, None, draft_len), graph_name=name, debug=debug.options())
     known = dict(target.weights) | constants_of(module)
-    graph = lower(module, name, compile)
+    graph = lower(module, name, manner(shape, compile))
     shared = weights or {}
     bound = {
         slot.name: shared[slot.name] if slot.name in shared else materialise(slot, known)

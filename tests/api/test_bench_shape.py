@@ -44,6 +44,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         assert f"| {one['speculation']} | {one['batch']} | **{one['decode'][0]:.1f}**" in printed
         assert one["step"] > 0
         assert one["host"] is not None
+        assert one["verify"] is None
         assert one["bytes_total"] == sum(one["bytes"].values())
         assert one["bound"] == pytest.approx(one["fraction"] * one["step"])
         parts = one["start_up"]
@@ -68,12 +69,14 @@ def test_latents_experts_and_mtp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(roofline, "BUFFER", {"cpu": 1 << 20})
     out, tiny = tmp_path / "shape.json", SHAPES["tiny-deepseek-v3"]
     words = ["--shape", "tiny-deepseek-v3", "--speculation", "none", "mtp:3@2.82", "--batch", "2", "--prompt", "9",
-             "--new-tokens", "40", "--rounds", "1", "--buckets", "1", "--json", str(out)]  # fmt: skip
+             "--new-tokens", "40", "--rounds", "1", "--buckets", "1", "--verify", "--json", str(out)]  # fmt: skip
     assert main(command(*words)) == 0
     plain, drafted = json.loads(out.read_text())["rows"]
     assert drafted["asked_length"] == pytest.approx(2.82)
     assert 2.0 < drafted["length"] == pytest.approx(1 + sum(drafted["per_depth"]))
     assert drafted["deepest"] == 3
+    assert 0 < drafted["verify"] < drafted["step"]
+    assert plain["verify"] is None
     assert drafted["host"] is None  # its last steps are narrower ones
     layers, expert = tiny.layers - 1, 3 * 16 * tiny.hidden * 4
     needed = [16 * (1 - (1 - 4 / 16) ** tokens) for tokens in (2, 8, 2 * 2.82)]

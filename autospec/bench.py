@@ -184,7 +184,10 @@ def _by_cell(asked: argparse.Namespace, drafters: Sequence[tuple[str, Speculatio
     contenders: list[Contender] = [] if asked.without_transformers else [Transformers(module)]
     contenders += [Ours(run.name, run.fast) for run in models]
     synthetic = {run.name: profile.mean_length(one) for run, one in zip(models[1:], rates, strict=True) if one}
-    found = grid.measure(contenders, prompts, cells, options, asked.repeats, synthetic, asked.index_quantization is not None)
+    found = grid.measure(
+        contenders, prompts, cells, options, asked.repeats, synthetic, asked.index_quantization is not None,
+        module if asked.temperature == 0 else None,
+    )  # fmt: skip
     selected = _selection(asked, models[0].fast, prompts, options, module)
     return grid_report.report(found, title, asked.json, asked.picture, selected)
 

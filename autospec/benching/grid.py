@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
 
 from autospec.benching.contenders import TRANSFORMERS, Batch, Contender, Timed, in_turn, percentiles
+from autospec.benching.differences import compare
 from autospec.errors import CapacityError
 from autospec.limits import next_power_of_two
 
@@ -29,16 +30,23 @@ class Result:
         timed: by batch of prompts.
         equals: whether its tokens are those of the first who must emit the same; None: nobody says what they should be.
         asked_length: mean acceptance length of a synthetic profile; None: the target decides.
+        differences: where they are not, in a line and one for each output that can be explained; "": nowhere.
     """
 
     name: str
     timed: list[Timed]
     equals: bool | None
     asked_length: float | None = None
+    differences: str = ""
+
+    @property
+    def outputs(self) -> list[list[int]]:
+        """By prompt, as the batches hold them."""
+        return [row for one in self.timed for row in one.outputs]
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(len(row) for one in self.timed for row in one.outputs) / sum(one.seconds for one in self.timed)
+        return sum(map(len, self.outputs)) / sum(one.seconds for one in self.timed)
 
     @property
     def step(self) -> dict[str, float]:
@@ -82,7 +90,7 @@ class Cell:
 
 def measure(
     contenders: Sequence[Contender], prompts: Batch, cells: Sequence[tuple[int, int | None]], options: Mapping[str, Any],
-    repeats: int, synthetic: Mapping[str, float] | None = None, is_quantized: bool = False,
+    repeats: int, synthetic: Mapping[str, float] | None = None, is_quantized: bool = False, module: Any = None,
 ) -> list[Cell]:  # fmt: skip
     """Every contender in every cell.
 
@@ -90,6 +98,7 @@ def measure(
         cells: batch sizes and prompt lengths.
         synthetic: asked acceptance lengths of contenders whose tokens mean nothing, by name.
         is_quantized: index keys are, so that the tokens of transformers may be others.
+        module: the model, to explain where greedy tokens differ; None where they were drawn.
     """
     told, found = synthetic or {}, []
 
@@ -105,14 +114,19 @@ def measure(
         for one, rows in tqdm([*itertools.product(contenders, by_room.values())], desc="compiling", leave=False):
             one.sample(rows, asked)
         timed = in_turn(contenders, tqdm(batches, desc="decoding", leave=False), asked, repeats)
-        outputs = {one.name: [of.outputs for of in by_batch] for one, by_batch in zip(contenders, timed, strict=True)}
-        alike = [of for name, of in outputs.items() if means_something(name)]
+        results = [Result(one.name, by_batch, None, told.get(one.name)) for one, by_batch in zip(contenders, timed, strict=True)]
+        alike = [one for one in results if means_something(one.name)]
+        rows = [row for one in batches for row in one]
         found.append(Cell(batch, length, [
-            Result(one.name, by_batch, outputs[one.name] == alike[0] if means_something(one.name) and len(alike) > 1 else None,
-                   told.get(one.name))
-            for one, by_batch in zip(contenders, timed, strict=True)
+            _compared(one, alike[0], rows, module) if one in alike and len(alike) > 1 else one for one in results
         ]))  # fmt: skip
     return found
+
+
+def _compared(one: Result, first: Result, prompts: Batch, module: Any) -> Result:
+    """A contender's tokens against those of the first who must emit the same."""
+    differences = compare(one.name, one.outputs, first.outputs, prompts, module)
+    return replace(one, equals=differences is None, differences="" if differences is None else differences.text(f"{first.name}'s"))
 
 
 def batches_of(prompts: Batch, batch: int, length: int | None) -> list[list[list[int]]]:

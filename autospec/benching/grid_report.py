@@ -32,7 +32,8 @@ def report(
         print(f"\npicture: {picture}")
     is_identical = all(one.equals is not False for cell in cells for one in cell.results)
     if not is_identical:
-        print("\n" + DIFFERS)
+        told_apart = [f"{cell.name}: {one.differences}" for cell in cells for one in cell.results if one.differences]
+        print("\n" + "\n".join([*told_apart, DIFFERS]))
     return 0 if is_identical else 1
 
 
@@ -67,7 +68,7 @@ def as_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             "batch_size": cell.batch, "prompt_length": cell.prompt_len,
             "tokens_per_second": one.tokens_per_second,
             "speed_up": _ratio(one, cell, PLAIN), "speed_up_over_transformers": _ratio(one, cell, TRANSFORMERS),
-            "is_identical": one.equals, "synthetic_acceptance_length": one.asked_length,
+            "is_identical": one.equals, "differences": one.differences, "synthetic_acceptance_length": one.asked_length,
             "acceptance": {"mean_acceptance_length": one.length, "per_depth": one.per_depth},
             "step_seconds_percentiles": one.step, "first_token_seconds": one.first_token, "step_seconds": None,
         }

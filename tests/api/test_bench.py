@@ -127,7 +127,10 @@ def test_tokens_that_differ_exit_with_1(
         assert re.search(rf"{planted} .* NO( |$)", capsys.readouterr().out, re.MULTILINE)
     planted = "ngram, chain of 8"
     assert main(command(folder, "--speculation", "ngram", "--batch-sizes", "2")) == 1
-    assert re.search(rf"{planted} .* NO ", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(rf"{planted} .* NO ", printed)
+    assert f"batch 2, prompts as given: {planted}: 1 of 4 outputs differ from transformers generate's; " in printed
+    assert re.search(r"\n  prompt 0, token \d+: the two tokens' logits are .* apart", printed)
 
 
 def test_by_batch_size_and_prompt_length(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,8 +36,6 @@ from autospec.kernels.native import libraries
 from autospec.lower import Unlowered, inline_references, refuse_page_copies
 from autospec.passes.select_kernels import SelectKernels
 
-# Backends whose ops are Python functions around a library; a package has no Python.
-_IN_PYTHON = frozenset(debug.BACKENDS) - {"triton", "cpu"}
 HEADERS = Path(__file__).parent / "aot_include"
 
 
@@ -138,12 +136,10 @@ def refuse_python(module: fx.GraphModule) -> None:
 
 
 def _select(module: fx.GraphModule) -> Stage:
-    """The select stage without backends that need Python, where the package must do without."""
+    """The select stage, of backends that a package can hold."""
     stage = pipeline.select()
     if device_of(module).type != "cuda":
         return stage
-    passes = [
-        dataclasses.replace(one, disabled=one.disabled | _IN_PYTHON) if isinstance(one, SelectKernels) else one
-        for one in stage.passes
-    ]
-    return Stage(stage.name, passes)
+    return Stage(
+        stage.name, [dataclasses.replace(one, is_packaged=True) if isinstance(one, SelectKernels) else one for one in stage.passes]
+    )

@@ -133,7 +133,9 @@ def _inline(module: fx.GraphModule, node: fx.Node, kernel: KernelOp, traced: dic
     leaves, spec = torch.utils._pytree.tree_flatten(tuple(bound.values()))
     flat_values = value_of(leaves)
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
-    known = kernel.name, spec, *map(_alike, flat_values)
+    # A tensor that is passed twice is one input of its trace, which is not that of two tensors.
+    first = [next(i for i, other in enumerate(flat_values) if other is value) for value in flat_values]
+    known = kernel.name, spec, *first, *map(_alike, flat_values)
 
     def over_tensors(*given: torch.Tensor) -> Any:
         filled = list(flat_values)

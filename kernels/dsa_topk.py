@@ -73,7 +73,7 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
 BLOCK_S = 2048  # slots at a time; a split holds at least one block
 # Slots that one program keeps in registers: 12.9 us for 4096 on an H100, 17.4 for 8192 and 28.4 for 16000, for one row as for 64;
 # five launches take 23.6, 28.5 and 28.7 for one row, and 51.8 for 64 of 16000 (2026-11-21).
-MOST_WHOLE = 16384
+MOST_WHOLE = 16384  # and less than 32768, whose ties `running_counts` could not hold
 
 # A row (i_r) is node i_n of request i_b; S splits (i_s) of its slots, each a run of blocks (o_s). The lowest score kept
 # is found as `ordered`, eight bits a launch, the highest first: a split counts those of its scores that may still be it

@@ -24,7 +24,7 @@ try:
 
     barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-except ImportError:
+except (ImportError, AttributeError):  # Gluon is experimental: names come and go
     gluon = gl = async_copy = fence_async_shared = mbarrier = warpgroup_mma = warpgroup_mma_wait = barrier = copy_async = None
 
 

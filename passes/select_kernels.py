@@ -26,6 +26,8 @@ from autospec.ir.passes import Notes, Pass
 from autospec.kernels.choice import can_measure, shapes_text, times_of
 from autospec.kernels.registry import Implementation, KernelOp, find, load_all
 
+PACKAGED = frozenset({"triton", "cpu"})  # the ops of all other backends are Python functions, of which a package has none
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -38,12 +40,13 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectKernels(Pass):
-    """Choose an implementation for every canonical op."""
+    """Choose an implementation for every canonical op; of those that a package can hold, if it is for one."""
 
     name = "select-kernels"
     is_optional = True
     disabled: frozenset[str] = frozenset()
     forced: tuple[tuple[str, str], ...] = ()
+    is_packaged: bool = False
 
     def run(self, module: fx.GraphModule, notes: Notes) -> int:
         self.check_forced()
@@ -82,7 +85,12 @@ class SelectKernels(Pass):
             if able and (not is_measured or names(word, able[0].backend) != names(word, one.backend)):
                 break
             off = any(names(disabled, one.backend) for disabled in self.disabled)
-            reason = "switched off by AUTOSPEC_DISABLE_KERNELS" if off else one.why_not(arguments)
+            if off:
+                reason: str | None = "switched off by AUTOSPEC_DISABLE_KERNELS"
+            elif self.is_packaged and one.backend not in PACKAGED:
+                reason = "Python calls it, and a package has none"
+            else:
+                reason = one.why_not(arguments)
             if reason is None:
                 able.append(one)
             else:

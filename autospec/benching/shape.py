@@ -8,7 +8,7 @@ is a program over the same weights. What is reported of each:
     whole    the same with prefill, over the wall time of the call
     step     median and 90th percentile of a step replayed in a row, rows in the middle of their output
     verify   the same of a step that verifies a whole draft and drafts nothing, with --verify
-    host     mean wall time of a step in generate, less the median step; nothing with buckets, whose steps differ
+    host     mean wall time of a step in generate, less the median step; nothing with narrower buckets
     bound    what a step must read (`autospec.benching.roofline`) over the read bandwidth measured in the same run
 
 Tokens mean nothing and no row ends early: there is no eos. Acceptance is drawn from a profile
@@ -114,7 +114,7 @@ class Row:
         per_depth: measured acceptance by depth.
         decode, whole: tokens/s of every round.
         step, step_p90: of replayed steps; verify: of steps that draft nothing; None: not asked for.
-        host: what generate takes longer, per step; None with buckets.
+        host: what generate takes longer, per step; None with narrower buckets.
         deepest, first_children: levels of the drafts that replayed steps left behind, and nodes of their chains of first
             children, which bound acceptance; means.
         bound: of a step.
@@ -306,7 +306,7 @@ def measure(
         drafter.asked, str(tree), batch, profile.mean_length(rates) if rates else None,
         statistics.mean(lengths) if rates else None, [statistics.mean(one) for one in zip(*depths, strict=True)],
         decode, whole, step, statistics.quantiles(times, n=10)[-1], verify,
-        None if asked.buckets else statistics.median(waits) - step,
+        None if any(rows < batch for rows in asked.buckets) else statistics.median(waits) - step,
         *grown, read, read.total / bandwidth, start_up,
     )  # fmt: skip
 

@@ -64,6 +64,8 @@ def test_refusals_are_facts(hopper, changes, reason) -> None:
 def test_refusals_of_the_machine(hopper, monkeypatch) -> None:
     hopper["capability"] = (10, 0)
     assert why_not_gluon(spec()) == "its instructions are those of SM90, this is SM100"
+    hopper["capability"] = None
+    assert why_not_gluon(spec()) == "there is no GPU here to compile for"
     hopper["missing"] = "triton 3.4.0 has no Gluon for Hopper"
     assert why_not_gluon(spec()) == "triton 3.4.0 has no Gluon for Hopper"
     monkeypatch.undo()

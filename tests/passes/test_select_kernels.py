@@ -69,6 +69,13 @@ def test_a_backend_can_be_switched_off(tiny: Any, backends: list[Implementation]
     assert record.details == ("attention: reference x 1",)
 
 
+def test_a_package_takes_what_it_can_hold(tiny: Any, backends: list[Implementation]) -> None:
+    backends += [_twin("fast", None), _twin("triton", None)]
+    record = apply(tiny.static(3), SelectKernels(is_packaged=True))[0]
+    assert [refusal.reason for refusal in record.refusals] == ["attention: fast: Python calls it, and a package has none"]
+    assert record.details == ("attention: triton x 1",)
+
+
 def test_on_a_cpu_every_gpu_kernel_says_why_not(tiny: Any) -> None:
     record = apply(tiny.paged(3), SelectKernels(disabled=frozenset({"cpu", "flashinfer"})))[0]
     assert record.count == 0

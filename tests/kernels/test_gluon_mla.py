@@ -7,6 +7,7 @@ import re
 import subprocess
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gluon_on_cpu
@@ -147,13 +148,15 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("hands_over", [False, True])
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(("batch", "q_len", "earlier", "context", "page", "heads", "rank"), CASES)
 def test_it_holds_wherever_copies_and_products_may_end(
-    monkeypatch, random_parents, batch, q_len, earlier, context, page, heads, rank, splits
+    monkeypatch, random_parents, batch, q_len, earlier, context, page, heads, rank, splits, hands_over
 ) -> None:
-    """Copies and products take effect at the last moment that the kernel allows; one split has up to eleven blocks."""
-    module = gluon_on_cpu.load_for_cpu(gluon_mla.__file__, monkeypatch, paged_mla)
+    """Copies and products take effect at the last moment that the kernel allows, and who lets another group of warps go on goes
+    on before or after it; one split has up to eleven blocks."""
+    module = gluon_on_cpu.load_for_cpu(gluon_mla.__file__, monkeypatch, paged_mla, hands_over)
     generator = torch.Generator().manual_seed(context)
     parents = None if earlier is None else random_parents(generator, batch, earlier + q_len)
     args, expected, valid = padded_case(torch.device("cpu"), batch, q_len, context, page, parents, heads, rank)
@@ -245,6 +248,30 @@ def test_planted_bugs_are_caught(monkeypatch, random_parents, name) -> None:
     bug(module, monkeypatch)
     parents = random_parents(torch.Generator().manual_seed(1), 1, 12) if is_tree else None
     args, expected, valid = padded_case(torch.device("cpu"), 1, 4, 700, 64, parents, 16, 128)
+    with pytest.raises(AssertionError):
+        check(module.attend_latent_pages(*args, 1), expected, valid)
+
+
+# In the kernel's text; whether groups hand over at arrivals.
+MUTATIONS = {
+    "a buffer is freed while products read it": (
+        "b_acc = warpgroup_mma_wait(3, [b_acc])\n        arrive(s_empty.index(OTHER))",
+        "arrive(s_empty.index(OTHER))\n        b_acc = warpgroup_mma_wait(3, [b_acc])", True),
+    "a buffer's right half is filled before it was read": ("mbarrier.wait(empty_r.index(i_c), unused)", "pass", False),
+    "a buffer's left half is filled before it was read": ("mbarrier.wait(empty_l.index(i_c), unused)", "pass", True),
+    "a half is multiplied before it arrived": ("mbarrier.wait(full_r.index(GROUP), phase)", "pass", False),
+    "sums are joined before they are there": ("mbarrier.wait(s_done.index(OTHER), 0)", "pass", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_races_planted_in_its_text_are_caught(monkeypatch, tmp_path, name) -> None:
+    right, wrong, hands_over = MUTATIONS[name]
+    text = Path(gluon_mla.__file__).read_text()
+    assert text.count(right) == 1
+    (tmp_path / "mutated.py").write_text(text.replace(right, wrong))
+    module = gluon_on_cpu.load_for_cpu(str(tmp_path / "mutated.py"), monkeypatch, paged_mla, hands_over)
+    args, expected, valid = padded_case(torch.device("cpu"), 2, 5, 300, 16, None, 40, 256)
     with pytest.raises(AssertionError):
         check(module.attend_latent_pages(*args, 1), expected, valid)
 

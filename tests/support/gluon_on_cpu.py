@@ -1,7 +1,8 @@
 """Runs kernels written in Gluon on the CPU, as late as they allow: copies land when somebody waits for their mbarrier, products
-read shared memory when their group of warps waits for them, and groups of warps are threads that take turns at waits which must
-wait. What is read too early, or without a fence since it was written, or overwritten while it is read, and a wait for what never
-comes fail.
+read shared memory when their group of warps waits for them, and groups of warps are threads that take turns: at waits which must
+wait, and, if asked for, where an arrival lets another go on. What is read too early, or without a fence since it was written, or
+overwritten while a product reads it, and a wait for what never comes fail. A group is one thread: a missing barrier() inside it
+is not seen.
 """
 
 from __future__ import annotations
@@ -48,23 +49,27 @@ def store(p: Pointer, value: Tensor, mask: Tensor) -> None:
 
 
 class Shared:
-    """A view of shared memory, which holds NaN until something is stored, and of what products may not read yet: tensor
-    cores see what threads have written once a fence has followed."""
+    """A view of shared memory, which holds NaN until something is stored; of what products may not read yet (tensor cores
+    see what threads have written once a fence has followed); and of how many products in flight read it."""
 
-    def __init__(self, memory: Tensor, unfenced: Tensor) -> None:
-        self.memory, self.unfenced, self.dtype = memory, unfenced, memory.dtype
+    def __init__(self, memory: Tensor, unfenced: Tensor, readers: Tensor) -> None:
+        self.memory, self.unfenced, self.readers, self.dtype = memory, unfenced, readers, memory.dtype
+
+    def view(self, of: Callable[[Tensor], Tensor]) -> Shared:
+        return Shared(of(self.memory), of(self.unfenced), of(self.readers))
 
     def index(self, i: Any) -> Shared:
-        return Shared(self.memory[int(i)], self.unfenced[int(i)])
+        return self.view(lambda one: one[int(i)])
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        return Shared(self.memory.narrow(dim, start, length), self.unfenced.narrow(dim, start, length))
+        return self.view(lambda one: one.narrow(dim, start, length))
 
     def permute(self, order: tuple[int, ...]) -> Shared:
-        return Shared(self.memory.permute(order), self.unfenced.permute(order))
+        return self.view(lambda one: one.permute(order))
 
-    def store(self, value: Tensor) -> None:
-        self.memory.copy_(value)
+    def store(self, value: Tensor | float) -> None:
+        assert not self.readers.any(), "what a product in flight reads is overwritten"
+        self.memory.copy_(torch.as_tensor(value))
         self.unfenced.fill_(True)
         machine.unfenced.append(self.unfenced)
 
@@ -81,6 +86,7 @@ class Barriers(list):
 class Barrier:
     """Completed phases, arrivals that a phase takes, arrivals so far; copies that land in the first wait that they end."""
 
+    hands_over = False  # whether who lets another go on goes on after it
     changed = threading.Condition()  # any barrier; the thread that runs holds its lock
     running: ClassVar[set[int]] = set()  # threads
     waiting: ClassVar[dict[int, tuple[Barrier, int]]] = {}  # of them, for a phase of this parity
@@ -96,12 +102,16 @@ class Barrier:
         if self.arrived == self.count:
             self.phases, self.arrived = self.phases + 1, 0
             self.changed.notify_all()
+            while self.hands_over and any(one is self and self.is_complete(parity) for one, parity in self.waiting.values()):
+                self.changed.wait()
 
     def is_complete(self, parity: int) -> bool:
         return self.phases % 2 != parity
 
     def wait(self, parity: Any) -> None:
         self.waiting[threading.get_ident()] = self, int(parity)
+        if not self.is_complete(int(parity)):
+            self.changed.notify_all()  # whoever let this group go on may go on itself
         while not self.is_complete(int(parity)):
             assert not FAILURES, "another thread failed"
             held = {one for one, (barrier, other) in self.waiting.items() if not barrier.is_complete(other)}
@@ -121,8 +131,11 @@ class Product:
         for one in (a, b):
             assert not one.memory.isnan().any(), "a product is issued before its operands are there"
             assert not one.unfenced.any(), "a product is issued without a fence behind what was written"
+            one.readers += 1
 
     def finish(self) -> None:
+        for one in (self.a, self.b):
+            one.readers -= 1
         before = self.before.value if isinstance(self.before, Product) else self.before
         self.value = before + self.a.memory.float() @ self.b.memory.float()
 
@@ -141,7 +154,7 @@ machine = Machine()
 
 def copy_async(to: Shared, p: Pointer, mask: Tensor) -> None:
     rows = load(p, mask)
-    to.memory.fill_(float("nan"))  # until it arrives
+    to.store(float("nan"))  # until it arrives
     machine.copies.append(lambda: to.store(rows))
 
 
@@ -199,7 +212,8 @@ def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]
 def allocate(dtype: Any, shape: list[int], layout: Any) -> Any:
     if layout == "barrier":
         return Barriers(Barrier() for _ in range(shape[0]))
-    return Shared(torch.full(shape, float("nan"), dtype=dtype), torch.zeros(shape, dtype=torch.bool))
+    told = (torch.zeros(shape, dtype=one) for one in (torch.bool, torch.int8))
+    return Shared(torch.full(shape, float("nan"), dtype=dtype), *told)
 
 
 def as_tensors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -251,11 +265,16 @@ def join(part: Tensor, lse: Tensor, out: Tensor, splits: int, columns: int, warp
         out.copy_((torch.where(weights[..., None] > 0.0, part, 0.0) * weights[..., None]).sum(-2))
 
 
-def load_for_cpu(path: str, monkeypatch: Any, op: Any) -> ModuleType:
-    """A copy of a kernel file whose kernels run here; it registers nothing with `op`."""
+def load_for_cpu(path: str, monkeypatch: Any, op: Any, hands_over: bool = False) -> ModuleType:
+    """A copy of a kernel file whose kernels run here; it registers nothing with `op`.
+
+    Args:
+        hands_over: groups of warps also take turns at arrivals that let another go on.
+    """
     from autospec.kernels import gluon
     from autospec.kernels import launch as triton_launch
 
+    monkeypatch.setattr(Barrier, "hands_over", hands_over)
     for name, part in PARTS.items():
         monkeypatch.setattr(gluon, name, part)
     for name in ("gdc_wait", "gdc_launch_dependents"):

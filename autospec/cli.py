@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -315,6 +316,14 @@ def _run(asked: argparse.Namespace) -> int:
     except AssertionError as error:
         raise OptionError(f"a pass broke a promise: {str(error)[:200]}", at=asked.passes[:60], where="autospec run",
                           help="an earlier pass is missing, or this one reports other than what it did") from error  # fmt: skip
+    except AutospecError:
+        raise
+    except Exception as error:
+        if asked.load:  # whoever writes a pass wants to see where it failed
+            traceback.print_exc()
+        told = f"{type(error).__name__} {' '.join(getattr(error, '__notes__', ()))}"
+        raise OptionError(f"{told}: {' '.join(str(error).split())[:200]}", at=asked.passes[:60], where="autospec run",
+                          help="its options may be wrong, or an earlier pass is missing") from error  # fmt: skip
     print("\n".join(pass_table(records)))
     if asked.print:
         print(graph_text(graph), end="")

@@ -61,7 +61,11 @@ def _run(
     nodes_before = len(module.graph.nodes)
     notes = Notes()
     start = time.perf_counter()
-    count = one.run(module, notes)
+    try:
+        count = one.run(module, notes)
+    except Exception as error:
+        error.add_note(f"while {one.name} ran")
+        raise
     seconds = time.perf_counter() - start
     if count:
         module.graph.eliminate_dead_code()

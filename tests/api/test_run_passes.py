@@ -71,6 +71,10 @@ def test_a_pass_of_ones_own_runs_on_the_bundled_draft(tmp_path: Path, capsys: py
     ]  # fmt: skip
     assert main(["run", "page-kv-cache{page_size=4,num_pages=9,pages_per_row=8}", "bundled:draft"]) == 2
     assert "a pass broke a promise: page-kv-cache requires" in capsys.readouterr().err
+    assert main(["run", "specialize-shapes{batch_size=-1, q_len=4}", "bundled:draft", *options[:2]]) == 2
+    told = capsys.readouterr().err
+    assert "autospec: RuntimeError while specialize-shapes ran: Trying to create tensor with negative dimension -1" in told
+    assert "Traceback" in told, "for whoever wrote one of the passes"
 
 
 def test_every_verb_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autospec import NGramConfig, optimize
+from autospec.benching.differences import compare
 from autospec.kernels import gluon, gluon_mla
 from autospec.kernels.gluon_mla import attend_latent_pages, choose_splits, copyable, why_not_gluon
 from autospec.kernels.paged_mla import exact_result, paged_mla
 from autospec.kernels.tree_tables import tree_tables
 from autospec.passes.select_kernels import SelectKernels
+from autospec.tiny_models import tiny_model
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have on an H100
@@ -381,3 +384,36 @@ def test_in_a_captured_graph(cuda) -> None:
         args[5].copy_(torch.tensor(valid))
         graph.replay()
         check(out, exact_result(args), torch.arange(4, device=cuda)[None] < args[5][:, None])
+
+
+def compare_programs(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, backends: tuple[str, str], dtype: torch.dtype, how: str
+) -> None:
+    """A DeepSeek-V3 of two layers drafts and verifies with both backends: tokens part only at near-ties."""
+    sizes = {"kv_lora_rank": 128, "qk_rope_head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = tiny_model("deepseek_v3", num_hidden_layers=2, **sizes).to(device, dtype)
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(1, 128, (length,), generator=generator).tolist() for length in (3, 20, 70)]
+    outputs = []
+    for backend in backends:
+        monkeypatch.setenv("AUTOSPEC_KERNELS", f"paged_mla={backend}")
+        fast = optimize(model, NGramConfig(max_draft_len=3), compile=how, max_length=128)
+        rows = [fast.generate([one], max_new_tokens=40, do_sample=False, eos_token_id=-1)[0].tolist() for one in prompts]
+        outputs.append([row[len(one) :] for row, one in zip(rows, prompts, strict=True)])
+        assert f"paged_mla: {backend} x 2" in [line for record in fast.program.records for line in record.details]
+    found = compare(backends[1], outputs[1], outputs[0], prompts, model)
+    for fork in found.forks if found is not None else ():
+        assert fork.gap is not None
+        assert fork.resolution is not None
+        assert abs(fork.gap) <= 4 * fork.resolution, found.text(backends[0])
+
+
+def test_programs_of_two_backends_decode_alike(monkeypatch) -> None:
+    compare_programs(monkeypatch, torch.device("cpu"), ("reference", "cpu"), torch.float32, "eager")
+
+
+@pytest.mark.cuda
+@pytest.mark.compiled
+def test_a_program_decodes_with_it_as_with_triton(cuda, monkeypatch) -> None:
+    skip_unless_hopper(cuda)
+    compare_programs(monkeypatch, cuda, ("triton", "gluon"), torch.bfloat16, "inductor")

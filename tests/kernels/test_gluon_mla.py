@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autospec import NGramConfig, optimize
+from autospec import DraftTargetConfig, NGramConfig, optimize
+from autospec.api import OptimizedModel
 from autospec.benching.differences import compare
 from autospec.kernels import gluon, gluon_mla
 from autospec.kernels.gluon_mla import attend_latent_pages, choose_splits, copyable, why_not_gluon
@@ -386,34 +387,56 @@ def test_in_a_captured_graph(cuda) -> None:
         check(out, exact_result(args), torch.arange(4, device=cuda)[None] < args[5][:, None])
 
 
-def compare_programs(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, backends: tuple[str, str], dtype: torch.dtype, how: str
-) -> None:
-    """A DeepSeek-V3 of two layers drafts and verifies with both backends: tokens part only at near-ties."""
+def deepseek(device: torch.device, dtype: torch.dtype) -> Any:
+    """Two layers without experts, whose choice a rounding could tip, with latents that the kernel takes."""
     sizes = {"kv_lora_rank": 128, "qk_rope_head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-    model = tiny_model("deepseek_v3", num_hidden_layers=2, **sizes).to(device, dtype)
-    generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(1, 128, (length,), generator=generator).tolist() for length in (3, 20, 70)]
-    outputs = []
-    for backend in backends:
-        monkeypatch.setenv("AUTOSPEC_KERNELS", f"paged_mla={backend}")
-        fast = optimize(model, NGramConfig(max_draft_len=3), compile=how, max_length=128)
-        rows = [fast.generate([one], max_new_tokens=40, do_sample=False, eos_token_id=-1)[0].tolist() for one in prompts]
-        outputs.append([row[len(one) :] for row, one in zip(rows, prompts, strict=True)])
-        assert f"paged_mla: {backend} x 2" in [line for record in fast.program.records for line in record.details]
-    found = compare(backends[1], outputs[1], outputs[0], prompts, model)
-    for fork in found.forks if found is not None else ():
-        assert fork.gap is not None
-        assert fork.resolution is not None
-        assert abs(fork.gap) <= 4 * fork.resolution, found.text(backends[0])
+    return tiny_model("deepseek_v3", num_hidden_layers=2, first_k_dense_replace=2, **sizes).to(device, dtype)
 
 
-def test_programs_of_two_backends_decode_alike(monkeypatch) -> None:
-    compare_programs(monkeypatch, torch.device("cpu"), ("reference", "cpu"), torch.float32, "eager")
+PROMPTS = [torch.randint(1, 128, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (3, 20, 70)]
+
+
+def continued(fast: OptimizedModel, count: int) -> list[list[int]]:
+    rows = [fast.generate([one], max_new_tokens=count, do_sample=False, eos_token_id=-1)[0].tolist() for one in PROMPTS]
+    return [row[len(one) :] for row, one in zip(rows, PROMPTS, strict=True)]
+
+
+def test_a_program_decodes_with_it_as_with_the_reference(monkeypatch) -> None:
+    """A dynamic tree of drafts, their levels and prompts, the kernel run on the CPU in two splits."""
+    module = gluon_on_cpu.load_for_cpu(gluon_mla.__file__, monkeypatch, paged_mla)
+    monkeypatch.setenv("AUTOSPEC_KERNELS", "paged_mla=reference")
+    model = deepseek(torch.device("cpu"), torch.float32)
+    tree = DraftTargetConfig(model, max_draft_len=2, dynamic_tree_max_topk=2, max_total_draft_tokens=5)
+    fast = optimize(model, tree, compile="eager", max_length=128)
+    expected, calls = continued(fast, 12), []
+
+    def emulated(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given = paged_mla.bind(args, kwargs)
+        assert given.pop("sinks") is None
+        calls.append(given["q_latent"].shape[1])
+        return module.attend_latent_pages(*given.values(), splits=2)
+
+    for graph in fast.program.graphs.values():
+        for node in graph.module.graph.find_nodes(op="call_function", target=paged_mla.op):
+            node.target = emulated
+        graph.module.recompile()
+    assert continued(fast, 12) == expected
+    assert {6, 2} <= set(calls), "whole trees, and levels of two drafts"
 
 
 @pytest.mark.cuda
 @pytest.mark.compiled
 def test_a_program_decodes_with_it_as_with_triton(cuda, monkeypatch) -> None:
+    """Tokens part at near-ties only. (In bfloat16, with the kernel on the CPU, such logits were up to 4 numbers apart.)"""
     skip_unless_hopper(cuda)
-    compare_programs(monkeypatch, cuda, ("triton", "gluon"), torch.bfloat16, "inductor")
+    model, outputs = deepseek(cuda, torch.float16), {}
+    for backend in ("triton", "gluon"):
+        monkeypatch.setenv("AUTOSPEC_KERNELS", f"paged_mla={backend}")
+        fast = optimize(model, NGramConfig(max_draft_len=3), max_length=128)
+        outputs[backend] = continued(fast, 40)
+        assert f"paged_mla: {backend} x 2" in [line for record in fast.program.records for line in record.details]
+    found = compare("gluon", outputs["gluon"], outputs["triton"], PROMPTS, model)
+    for fork in found.forks if found is not None else ():
+        assert fork.gap is not None
+        assert fork.resolution is not None
+        assert abs(fork.gap) <= 8 * fork.resolution, found.text("Triton's")

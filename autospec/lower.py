@@ -111,7 +111,7 @@ def launch_directly(module: fx.GraphModule) -> None:
 def inline_references(module: fx.GraphModule) -> int:
     """Replace canonical ops that run their reference by the reference's aten ops, so that Inductor fuses them."""
     count = 0
-    traced: dict[Any, fx.Graph] = {}  # layers call an op with the same shapes, and tracing one takes 10 to 20 ms
+    traced: dict[Any, fx.Graph] = {}  # layers call an op with the same shapes, and tracing one takes about 6 ms
     for node in list(module.graph.nodes):
         kernel = find(node.target) if node.op == "call_function" else None
         if kernel is not None:
@@ -181,8 +181,8 @@ def compile_with_inductor(module: fx.GraphModule) -> Any:
     # A C++ wrapper saves the interpreter's time between kernels: the demo's step with a draft model takes 3.6 ms
     # instead of 4.2 on two cores of an EPYC (2026-11-21), for 15 s more of g++.
     options["cpp_wrapper"] = module.meta["device"].type == "cpu"
-    # Its entry is compiled beside the kernels, at a lower level: the demo's EAGLE-3 step compiles in 17 s instead of 21 on two
-    # cores, and decodes as fast (48 and 49 ms for 22 steps, medians of 12; 2026-11-21).
+    # Its entry is compiled beside the kernels, at a lower level: the demo's EAGLE-3 step compiles in 16 to 18 s instead of 21 on
+    # two cores, and decodes as fast: 51, 57, 49 ms for 22 steps, where together took 52, 63, 49 (medians of 12; 2026-11-21).
     options["cpp_wrapper_build_separate"] = True
     # A thread barrier costs more than a small loop saves: the demo's plain step takes 1.4 ms instead of 1.8 (same machine).
     options["cpp.min_chunk_size"] = 8192

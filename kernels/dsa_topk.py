@@ -71,7 +71,7 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
 
 
 BLOCK_S = 2048  # slots at a time; a split holds at least one block
-# Slots that one program keeps in registers: 12.9 us for 4096 on an H100, 17.4 for 8192 and 28.4 for 16000, for one row as for 64;
+# Slots that one program keeps in registers: 12.9 us for 4096 on an H100, 17.4 for 8192 and 28.4 for 16000 (64 rows: 0.6 more);
 # five launches take 23.6, 28.5 and 28.7 for one row, and 51.8 for 64 of 16000 (2026-11-21).
 MOST_WHOLE = 16384  # and less than 32768, whose ties `running_counts` could not hold
 

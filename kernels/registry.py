@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from autospec.debug import names
 from autospec.kernels.launch import launching_directly
 
 Support = Callable[[Mapping[str, Any]], str | None]
@@ -47,6 +48,12 @@ class Implementation:
     op: Any  # torch._ops.OpOverload
     function: Callable[..., Any]
     next_n: frozenset[int] | None = None
+
+    def refusal(self, arguments: Mapping[str, Any], disabled: frozenset[str]) -> str | None:
+        """Why it does not run these arguments where these backends are switched off; None: it does."""
+        if any(names(word, self.backend) for word in disabled):
+            return "switched off by AUTOSPEC_DISABLE_KERNELS"
+        return self.why_not(arguments)
 
 
 @dataclass

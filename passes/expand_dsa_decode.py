@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from autospec.debug import names
 from autospec.ir.build import Builder, fake_mode, value_of
 from autospec.ir.match import argument, aten, calls, operand
 from autospec.ir.passes import Notes, Pass
@@ -86,8 +85,7 @@ class ExpandDsaDecode(Pass):
         """The fastest implementation that can run these arguments."""
         able, reasons = [], []
         for one in dsa_indexer_logits.implementations:
-            off = any(names(disabled, one.backend) for disabled in self.disabled)
-            reason = "switched off by AUTOSPEC_DISABLE_KERNELS" if off else one.why_not(arguments)
+            reason = one.refusal(arguments, self.disabled)
             if reason is None:
                 able.append(one)
             else:

@@ -84,13 +84,9 @@ class SelectKernels(Pass):
         for one in sorted(kernel.implementations, key=lambda one: not names(word, one.backend)):
             if able and (not is_measured or names(word, able[0].backend) != names(word, one.backend)):
                 break
-            off = any(names(disabled, one.backend) for disabled in self.disabled)
-            if off:
-                reason: str | None = "switched off by AUTOSPEC_DISABLE_KERNELS"
-            elif self.is_packaged and one.backend not in PACKAGED:
+            reason = one.refusal(arguments, self.disabled)
+            if self.is_packaged and one.backend not in PACKAGED:
                 reason = "Python calls it, and a package has none"
-            else:
-                reason = one.why_not(arguments)
             if reason is None:
                 able.append(one)
             else:

@@ -28,16 +28,20 @@ class Result:
 
     Args:
         timed: by batch of prompts.
-        equals: whether its tokens are those of the first who must emit the same; None: nobody says what they should be.
         asked_length: mean acceptance length of a synthetic profile; None: the target decides.
-        differences: where they are not, in a line and one for each output that can be explained; "": nowhere.
+        differences: where its tokens are not those of the first who must emit the same, in a line and one for each output that
+            can be explained; "": nowhere; None: nobody says what they should be.
     """
 
     name: str
     timed: list[Timed]
-    equals: bool | None
     asked_length: float | None = None
-    differences: str = ""
+    differences: str | None = None
+
+    @property
+    def equals(self) -> bool | None:
+        """Whether its tokens are the right ones, if anybody says which are."""
+        return None if self.differences is None else not self.differences
 
     @property
     def outputs(self) -> list[list[int]]:
@@ -114,7 +118,7 @@ def measure(
         for one, rows in tqdm([*itertools.product(contenders, by_room.values())], desc="compiling", leave=False):
             one.sample(rows, asked)
         timed = in_turn(contenders, tqdm(batches, desc="decoding", leave=False), asked, repeats)
-        results = [Result(one.name, by_batch, None, told.get(one.name)) for one, by_batch in zip(contenders, timed, strict=True)]
+        results = [Result(one.name, by_batch, told.get(one.name)) for one, by_batch in zip(contenders, timed, strict=True)]
         alike = [one for one in results if means_something(one.name)]
         rows = [row for one in batches for row in one]
         found.append(Cell(batch, length, [
@@ -125,8 +129,8 @@ def measure(
 
 def _compared(one: Result, first: Result, prompts: Batch, module: Any) -> Result:
     """A contender's tokens against those of the first who must emit the same."""
-    differences = compare(one.name, one.outputs, first.outputs, prompts, module)
-    return replace(one, equals=differences is None, differences="" if differences is None else differences.text(f"{first.name}'s"))
+    found = compare(one.name, one.outputs, first.outputs, prompts, module)
+    return replace(one, differences="" if found is None else found.text(f"{first.name}'s"))
 
 
 def batches_of(prompts: Batch, batch: int, length: int | None) -> list[list[list[int]]]:

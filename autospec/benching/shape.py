@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import json
 import statistics
@@ -40,11 +39,13 @@ from autospec.api import Limits, OptimizedModel
 from autospec.arguments import Parser, check_at_least, check_files, sizes
 from autospec.assemble import Draft, capture_model
 from autospec.benching import profile
-from autospec.benching.random_model import DRAFT_TOP1, random_head, random_model, random_mtp
-from autospec.benching.roofline import StepBytes, read_bandwidth, step_bytes
+from autospec.benching.random_model import DRAFT_TOP1, random_model
+from autospec.benching.roofline import read_bandwidth, step_bytes
+from autospec.benching.shape_drafters import DEFAULT_DRAFTERS, HEADS, WHERE, Drafter, parse_drafter, rates_of
+from autospec.benching.shape_report import Row, as_json, table
 from autospec.benching.steps import Frozen, only_step, verify_only
 from autospec.capture_head import capture_head
-from autospec.config import Eagle3Config, MTPConfig, Speculation, tree_of
+from autospec.config import Speculation, tree_of
 from autospec.errors import OptionError, unknown_option
 from autospec.exactness import exact_nodes
 from autospec.kernels.launch import triton
@@ -54,34 +55,9 @@ from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
 from autospec.program import CapturedModel, Program
 from autospec.threads import limit_threads
 
-WHERE = "autospec bench --shape"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DEFAULT_DRAFTERS = ("none", "eagle3:7@3.91", "eagle3-fp8:7@3.91", "eagle3-tree:7,10,60@3.84")
-HEADS: dict[str, tuple[Any, Any]] = {"eagle3": (random_head, Eagle3Config), "mtp": (random_mtp, MTPConfig)}
-_TREE = ("max_draft_len", "dynamic_tree_max_topk", "max_total_draft_tokens")
-FORMS = {"none": (), "eagle3": _TREE[:1], "eagle3-tree": _TREE, "mtp": _TREE[:1], "mtp-tree": _TREE}
 STEPS = {"cuda": 64, "cpu": 12}  # replayed steps of each row of the table
 STREAM = 16  # of them in a row, before the state is put back
-
-
-@dataclass(frozen=True)
-class Drafter:
-    """One --speculation.
-
-    Args:
-        asked: as written.
-        options: of its configuration; None: plain decoding.
-        acceptance: behind the @; None: --acceptance.
-    """
-
-    asked: str
-    options: dict[str, Any] | None
-    acceptance: profile.Asked | None = None
-
-    @property
-    def head(self) -> str:
-        """The kind of head that it needs, or "none"."""
-        return self.asked.partition(":")[0].partition("-")[0]
 
 
 @dataclass(frozen=True)
@@ -103,51 +79,6 @@ class Loaded:
     def head(self, drafter: Drafter) -> Draft | None:
         """The captured head of a drafter; None: plain decoding."""
         return self.heads[drafter.head][1] if drafter.options is not None else None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One drafter at one batch size; seconds, bytes, tokens per second.
-
-    Args:
-        asked_length, length: mean acceptance length, as asked for and as measured; None: plain decoding.
-        per_depth: measured acceptance by depth.
-        decode, whole: tokens/s of every round.
-        step, step_p90: of replayed steps; verify: of steps that draft nothing; None: not asked for.
-        host: what generate takes longer, per step; None with narrower buckets.
-        deepest, first_children: levels of the drafts that replayed steps left behind, and nodes of their chains of first
-            children, which bound acceptance; means.
-        bound: of a step.
-        start_up: by phase; "first_token" is their sum, from weights on the device to the first token.
-    """
-
-    speculation: str
-    tree: str
-    batch: int
-    asked_length: float | None
-    length: float | None
-    per_depth: list[float]
-    decode: list[float]
-    whole: list[float]
-    step: float
-    step_p90: float
-    verify: float | None
-    host: float | None
-    deepest: float
-    first_children: float
-    bytes: StepBytes
-    bound: float
-    start_up: dict[str, float]
-
-    @property
-    def fraction(self) -> float:
-        return self.bound / self.step
-
-    @property
-    def at_asked(self) -> float:
-        """Decode tokens/s at the acceptance length that was asked for; a few hundred steps miss it by some percent."""
-        rate = statistics.median(self.decode)
-        return rate if self.length is None or self.asked_length is None else rate * self.asked_length / self.length
 
 
 def parser() -> argparse.ArgumentParser:
@@ -188,7 +119,7 @@ def run(arguments: Sequence[str]) -> int:
     asked.device = torch.device(checked_device(asked.device, WHERE))
     asked.dtype = asked.dtype or ("bf16" if asked.device.type == "cuda" else "fp32")
     drafters = [parse_drafter(word) for word in asked.speculation]
-    profiles = [_profile(one, asked.acceptance) for one in drafters]
+    profiles = [rates_of(one, asked.acceptance) for one in drafters]
     _check(asked)
     limit_threads()
     bandwidth = read_bandwidth(asked.device)
@@ -202,31 +133,9 @@ def run(arguments: Sequence[str]) -> int:
             print(f"{drafter.asked}, batch {batch}: {statistics.median(rows[-1].decode):.1f} tok/s, "
                   f"step {1000 * rows[-1].step:.2f} ms", file=sys.stderr, flush=True)  # fmt: skip
             if asked.json:
-                asked.json.write_text(json.dumps(as_json(title, loaded, rows), indent=1) + "\n")
+                asked.json.write_text(json.dumps(as_json(title, loaded.seconds, rows), indent=1) + "\n")
     print("\n" + table(rows))
     return 0
-
-
-def parse_drafter(word: str) -> Drafter:
-    """`none`, `eagle3:7`, `eagle3-tree:7,10,60`, `mtp:3`, with `-fp8` for a quantised head, with or without `@3.91`."""
-    name, _, acceptance = word.partition("@")
-    asked, _, sizes = name.partition(":")
-    kind = asked.removesuffix("-fp8")
-    if kind not in FORMS:
-        raise unknown_option("--speculation", kind, FORMS, what="drafter")
-    try:
-        numbers = [int(number) for number in sizes.split(",")] if sizes else []
-    except ValueError:
-        numbers = []
-    if len(numbers) != len(FORMS[kind]):
-        raise OptionError(f"{kind} takes {len(FORMS[kind])} numbers, got '{sizes}'", at=f"--speculation {word}", where=WHERE,
-                          help="for example none, eagle3:7, eagle3-fp8:7, eagle3-tree:7,10,60 or mtp:3")  # fmt: skip
-    options: dict[str, Any] | None = dict(zip(FORMS[kind], numbers, strict=True)) if numbers else None
-    if asked != kind:
-        if options is None:
-            raise unknown_option("--speculation", asked, FORMS, what="drafter")
-        options["draft_quantization"] = "fp8"
-    return Drafter(name, options, profile.parse(acceptance) if acceptance else None)
 
 
 def load(asked: argparse.Namespace, kinds: Iterable[str]) -> Loaded:
@@ -384,43 +293,6 @@ def _prompts(asked: argparse.Namespace, loaded: Loaded, batch: int, number: int)
     return torch.randint(0, loaded.target.facts.vocab_size, (batch, asked.prompt), generator=generator)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown; milliseconds, GB, seconds."""
-    lines = [
-        "| speculation | batch | decode tok/s | at asked | whole tok/s | accepted (asked) | step ms, p90 | verify ms | host ms "
-        "| GB a step | bound ms | reached | start-up s: capture + passes + compile + graphs + prefill |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        accepted = "" if row.length is None else f"{row.length:.2f} ({row.asked_length:.2f})"
-        verify, host = ("" if one is None else f"{1000 * one:.3f}" for one in (row.verify, row.host))
-        phases = " + ".join(
-            f"{row.start_up[name]:.1f}" for name in ("capture", "passes", "compile", "weights_and_graphs", "prefill")
-        )
-        lines.append(
-            f"| {row.speculation} | {row.batch} | **{statistics.median(row.decode):.1f}** | {row.at_asked:.1f} "
-            f"| {statistics.median(row.whole):.1f} "
-            f"| {accepted} | {1000 * row.step:.3f}, {1000 * row.step_p90:.3f} | {verify} | {host} "
-            f"| {_gigabytes(row.bytes)} | {1000 * row.bound:.3f} | {100 * row.fraction:.0f}% "
-            f"| {row.start_up['first_token']:.1f} = {phases} |"
-        )
-    return "\n".join(lines)
-
-
-def _gigabytes(read: StepBytes) -> str:
-    """All that a step reads, and how much of it experts are."""
-    return f"{read.total / 1e9:.2f}" + (f", experts {read.experts / 1e9:.2f}" if read.experts else "")
-
-
-def as_json(title: dict[str, Any], loaded: Loaded, rows: Sequence[Row]) -> dict[str, Any]:
-    """Everything, seconds and bytes throughout."""
-    found = [
-        dataclasses.asdict(row) | {"bytes_total": row.bytes.total, "fraction": row.fraction, "decode_at_asked": row.at_asked}
-        for row in rows
-    ]  # fmt: skip
-    return {"title": title, "load_seconds": loaded.seconds, "rows": found}
-
-
 def _title(asked: argparse.Namespace, bandwidth: float, loaded: Loaded) -> dict[str, Any]:
     """What the figures are worth nothing without."""
     device = asked.device
@@ -436,14 +308,6 @@ def _title(asked: argparse.Namespace, bandwidth: float, loaded: Loaded) -> dict[
         "draft": f"its best token has probability {DRAFT_TOP1} on average",
         "bandwidth": f"{bandwidth / 1e12:.3f} TB/s", "load": ", ".join(f"{k} {v:.1f} s" for k, v in loaded.seconds.items()),
     }  # fmt: skip
-
-
-def _profile(drafter: Drafter, otherwise: str) -> tuple[float, ...]:
-    """Rates by depth; (): plain decoding."""
-    if drafter.options is None:
-        return ()
-    wanted = profile.parse(otherwise) if drafter.acceptance is None else drafter.acceptance
-    return profile.rates(wanted, drafter.options["max_draft_len"])
 
 
 def _check(asked: argparse.Namespace) -> None:

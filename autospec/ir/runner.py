@@ -36,7 +36,7 @@ def run_stages(
             else:
                 record, text = _run(module, one, stage.name, graph_name, first + len(records), debug, text)
                 records.append(record)
-    # After every pass, the code of 32 layers took nearly as long as the passes themselves.
+    # Code after every pass, and texts before and after each, took a chain of 32 layers 1.8 s more (and its passes 2.2).
     if any(record.count for record in records):
         module.recompile()
     return records

@@ -135,6 +135,7 @@ class Tile:
         outputs: of a program. inputs: of a step of its loop. stages: steps in flight. warps: of a program.
         ahead: inputs of the weight that are fetched before the wait for the kernel before.
         early: inputs before the end where the next kernel may start.
+        splits: programs that share the inputs of an output, added up by a second launch.
     """
 
     outputs: int
@@ -143,6 +144,7 @@ class Tile:
     warps: int
     ahead: int = 128
     early: int = 512
+    splits: int = 1
 
 
 def choose_tile(rows: int, outputs: int, inputs: int, is_gated: bool, is_scaled: bool) -> Tile:
@@ -203,48 +205,14 @@ def activate(b_gate, ACTIVATION: tl.constexpr):
         return b_gate / (1.0 + tl.exp(-2.0 * z))
 
 
-@jit(do_not_specialize=("rows",))
-def stream_weight(
-    p_x, p_w, p_b, p_s, p_n, p_sq, p_res, p_next, p_out, p_scaled, p_squares, rows, outputs, inputs: tl.constexpr, eps,
-    ACTIVATION: tl.constexpr, R: tl.constexpr, O: tl.constexpr, I: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr, WAITS: tl.constexpr,
+@jit
+def store_tile(
+    b_acc, b_up, b_square, p_b, p_s, p_n, p_sq, p_res, p_next, p_out, p_scaled, p_squares, o_o, o_r, m_r, outputs,
+    inputs: tl.constexpr, eps, dtype: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr, O: tl.constexpr,
+    PART: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    """What follows the sums over all inputs: scales, bias, activation, residual, and what the next layer's norm needs."""
     GATED: tl.constexpr = ACTIVATION != ""
-    o_o = tl.program_id(0) * O + tl.arange(0, O)
-    o_r, o_i = tl.arange(0, R), tl.arange(0, I)
-    up = outputs.to(tl.int64) * inputs  # from a gate's row to that of its up
-    p_w += o_o[:, None].to(tl.int64) * inputs
-    if WAITS:
-        if AHEAD > 0:  # weights are nobody's result: bring the first ones into L2 while the kernel before still runs
-            p_line = p_w + (tl.arange(0, AHEAD // 64) * 64)[None, :]
-            fetch_line(p_line)
-            if GATED:
-                fetch_line(p_line + up)
-        gdc_wait()
-    p_w += o_i[None, :]
-    p_x += o_r[None, :] * inputs + o_i[:, None]
-    m_r = (o_r < rows)[None, :]
-    dtype = p_x.dtype.element_ty
-    b_acc, b_up, b_square = tl.zeros((O, R), tl.float32), tl.zeros((O, R), tl.float32), tl.zeros((R,), tl.float32)
-    for i in range(0, inputs, I):
-        if WAITS:
-            if i == inputs - EARLY:
-                gdc_launch_dependents()
-        b_w = tl.load(p_w + i)
-        if GATED:
-            b_w_up = tl.load(p_w + i + up)
-        b_x = tl.load(p_x + i, mask=m_r, other=0.0)
-        if p_n is not None:
-            b_wide = b_x.to(tl.float32)
-            b_square += tl.sum(b_wide * b_wide, 0)
-            b_x = (b_wide * tl.load(p_n + i + o_i).to(tl.float32)[:, None]).to(dtype)
-        if p_s is not None:
-            b_w = widen(b_w, dtype, WAITS)
-            if GATED:
-                b_w_up = widen(b_w_up, dtype, WAITS)
-        b_acc = tl.dot(b_w, b_x, b_acc)
-        if GATED:
-            b_up = tl.dot(b_w_up, b_x, b_up)
     if p_sq is not None:
         o_p = tl.arange(0, BLOCK_P)[:, None]
         p_sq += o_r[None, :] * (inputs // PART) + o_p
@@ -279,26 +247,101 @@ def stream_weight(
         tl.store(p_squares + o_r[None, :] * (outputs // PART) + o_p[:, None], b_parts, mask=m_r)
 
 
+@jit(do_not_specialize=("rows",))
+def stream_weight(
+    p_x, p_w, p_b, p_s, p_n, p_sq, p_res, p_next, p_out, p_scaled, p_squares, p_part, rows, outputs, inputs: tl.constexpr, eps,
+    ACTIVATION: tl.constexpr, R: tl.constexpr, O: tl.constexpr, I: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr,
+    SPLITS: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    GATED: tl.constexpr = ACTIVATION != ""
+    LENGTH: tl.constexpr = inputs // SPLITS
+    o_o = tl.program_id(0) * O + tl.arange(0, O)
+    o_r, o_i = tl.arange(0, R), tl.program_id(1) * LENGTH + tl.arange(0, I)
+    up = outputs.to(tl.int64) * inputs  # from a gate's row to that of its up
+    p_w += o_o[:, None].to(tl.int64) * inputs
+    if WAITS:
+        if AHEAD > 0:  # weights are nobody's result: bring the first ones into L2 while the kernel before still runs
+            p_line = p_w + (tl.program_id(1) * LENGTH + tl.arange(0, AHEAD // 64) * 64)[None, :]
+            fetch_line(p_line)
+            if GATED:
+                fetch_line(p_line + up)
+        gdc_wait()
+    p_w += o_i[None, :]
+    p_x += o_r[None, :] * inputs + o_i[:, None]
+    m_r = (o_r < rows)[None, :]
+    dtype = p_x.dtype.element_ty
+    b_acc, b_up, b_square = tl.zeros((O, R), tl.float32), tl.zeros((O, R), tl.float32), tl.zeros((R,), tl.float32)
+    for i in range(0, LENGTH, I):
+        if WAITS:
+            if i == LENGTH - EARLY:
+                gdc_launch_dependents()
+        b_w = tl.load(p_w + i)
+        if GATED:
+            b_w_up = tl.load(p_w + i + up)
+        b_x = tl.load(p_x + i, mask=m_r, other=0.0)
+        if p_n is not None:
+            b_wide = b_x.to(tl.float32)
+            b_square += tl.sum(b_wide * b_wide, 0)
+            b_x = (b_wide * tl.load(p_n + i + o_i).to(tl.float32)[:, None]).to(dtype)
+        if p_s is not None:
+            b_w = widen(b_w, dtype, WAITS)
+            if GATED:
+                b_w_up = widen(b_w_up, dtype, WAITS)
+        b_acc = tl.dot(b_w, b_x, b_acc)
+        if GATED:
+            b_up = tl.dot(b_w_up, b_x, b_up)
+    if SPLITS == 1:
+        store_tile(
+            b_acc, b_up, b_square, p_b, p_s, p_n, p_sq, p_res, p_next, p_out, p_scaled, p_squares, o_o, o_r, m_r, outputs, inputs,
+            eps, dtype, ACTIVATION, R, O, PART, BLOCK_P,
+        )
+    else:
+        tl.store(p_part + (tl.program_id(1) * R + o_r[None, :]) * outputs + o_o[:, None], b_acc)
+
+
+@jit(do_not_specialize=("rows",))
+def add_splits(
+    p_b, p_s, p_sq, p_res, p_next, p_out, p_scaled, p_squares, p_part, rows, outputs, inputs: tl.constexpr, eps,
+    R: tl.constexpr, O: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    """The sums of a few outputs over every split of the inputs, in order, and what follows."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
+    o_o, o_r = tl.program_id(0) * O + tl.arange(0, O), tl.arange(0, R)
+    p_part += o_r[None, :] * outputs + o_o[:, None]
+    b_acc = tl.load(p_part)
+    for i_s in tl.static_range(1, SPLITS):
+        b_acc += tl.load(p_part + i_s * R * outputs)
+    store_tile(
+        b_acc, b_acc, tl.zeros((R,), tl.float32), p_b, p_s, None, p_sq, p_res, p_next, p_out, p_scaled, p_squares, o_o, o_r,
+        (o_r < rows)[None, :], outputs, inputs, eps, p_out.dtype.element_ty, "", R, O, PART, BLOCK_P,
+    )
+
+
 def stream(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, norm_weight: Tensor | None,
     squares: Tensor | None, residual: Tensor | None, next_norm: Tensor | None, eps: float, activation: str, tile: Tile,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Launch with a given tile."""
+    """Launch with a given tile; several splits only of a layer that is neither gated nor normed in the loop."""
     inputs = x.shape[-1]
     rows, outputs = x.numel() // inputs, weight.shape[0] // (2 if activation else 1)
-    out = x.new_empty(*x.shape[:-1], outputs)
-    scaled = sums = None
+    out, padded = x.new_empty(*x.shape[:-1], outputs), max(16, power_of_2(rows))
+    scaled = sums = part = None
     if next_norm is not None:
         scaled, sums = x.new_empty(*x.shape[:-1], outputs), x.new_empty(*x.shape[:-1], outputs // PART, dtype=torch.float32)
+    if tile.splits > 1:
+        part = x.new_empty(tile.splits, padded, outputs, dtype=torch.float32)
     stored = weight if scales is None else weight.view(torch.uint8)
     residual = None if residual is None else residual.contiguous()
-    wrap_triton(stream_weight, waits=True)[(outputs // tile.outputs,)](
-        x.contiguous(), stored, bias, scales, norm_weight, squares, residual, next_norm, out,
-        scaled, sums, rows, outputs, inputs, eps,
-        ACTIVATION=activation, R=max(16, power_of_2(rows)), O=tile.outputs, I=tile.inputs, PART=PART,
-        BLOCK_P=power_of_2(inputs // PART), AHEAD=tile.ahead, EARLY=tile.early, WAITS=can_wait(x), num_warps=tile.warps,
-        num_stages=tile.stages,
+    behind = residual, next_norm, out, scaled, sums, part, rows, outputs, inputs, eps
+    sizes = {"R": padded, "PART": PART, "BLOCK_P": power_of_2(inputs // PART), "SPLITS": tile.splits, "WAITS": can_wait(x)}
+    wrap_triton(stream_weight, waits=True)[(outputs // tile.outputs, tile.splits)](
+        x.contiguous(), stored, bias, scales, norm_weight, squares, *behind, ACTIVATION=activation, O=tile.outputs,
+        I=tile.inputs, AHEAD=tile.ahead, EARLY=tile.early, num_warps=tile.warps, num_stages=tile.stages, **sizes,
     )  # fmt: skip
+    if tile.splits > 1:
+        wrap_triton(add_splits, waits=True)[(outputs // PART,)](bias, scales, squares, *behind, O=PART, num_warps=4, **sizes)
     return out, scaled, sums
 
 

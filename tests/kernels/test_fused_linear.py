@@ -101,6 +101,17 @@ def test_the_next_norm_is_prepared(interpreted, case):
         torch.testing.assert_close(squares, y.float().square().unflatten(-1, (-1, 32)).sum(-1))
 
 
+@pytest.mark.parametrize("splits", [2, 4])
+def test_splits_of_the_inputs_are_added_up(interpreted, splits):
+    args = make(5, 96, 512, has_bias=True, has_residual=True, is_prepared=True, dtype=torch.float16)
+    next_norm = torch.linspace(-1, 2, 96).half()
+    tile = module.Tile(32, 64, 2, 4, splits=splits)
+    y, scaled, squares = interpreted(FILE, "stream", **args, next_norm=next_norm, tile=tile)
+    check(y, args)
+    assert torch.equal(scaled, y * next_norm)
+    torch.testing.assert_close(squares, y.float().square().unflatten(-1, (-1, 32)).sum(-1))
+
+
 def test_a_row_does_not_depend_on_the_others(interpreted):
     args = make(16, 64, 128, activation="silu", is_normed=True, has_residual=True, dtype=torch.float16)
     together = interpreted(FILE, "fused_linear_triton", **args)

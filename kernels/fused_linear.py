@@ -147,23 +147,26 @@ class Tile:
     splits: int = 1
 
 
-def choose_tile(rows: int, outputs: int, inputs: int, is_gated: bool, is_scaled: bool) -> Tile:
-    """The best of sweeps on an H100 80GB SXM, Llama-3.1-8B, triton 3.6, 2026-11-21: about 30 tiles per layer, and 8 in float8.
+def choose_tile(rows: int, outputs: int, inputs: int, is_gated: bool, is_scaled: bool, can_split: bool) -> Tile:
+    """The best of sweeps on an H100 80GB SXM, Llama-3.1-8B, triton 3.6, 2026-11-21: 20 to 30 tiles per layer.
 
-    A float8 head's layers, us (o and down are 64 programs of 64 outputs, half of the GPU; of 32 outputs they are 128):
-        8 rows, 32 outputs: qkv 40.0, o 14.2, gate and up 78.4, down 41.6, lm_head 71.9; 64: 30.8, 16.3, 59.0, 49.5, 56.8
-        64 rows, 32:             85.8,   29.1,             197.6,      93.4,         171.2; 64: 44.1, 23.9, 74.3, 74.3, 68.0
+    can_split: neither gated nor normed in the loop. A float8 head's layers, us, with inputs shared by 4 programs or not:
+        8 rows:  qkv 26.5 (30.0), o 12.1 (14.2), down 30.3 (42.7); gate and up 50.0, lm_head 52.5; bytes 16.8, 5.6, 19.6; 39.1, 43.7
+        64 rows:     31.4 (42.8),   15.3 (22.7),      36.3 (73.5);             71.9,         69.7
     From 17 to 63 rows they take the tile of 64, which was not timed there.
     """
-    fills = 64 * (96 if is_scaled and rows <= 16 else 64)  # outputs from which programs of 64 keep the GPU busy
-    across = 64 if outputs % 64 == 0 and outputs >= fills else 32
+    fills = 64 * 132  # outputs of which programs of 64 keep every multiprocessor busy
     if is_scaled:
-        wide, stages, warps = (128, 4 if across == 64 else 6, 4) if rows > 16 else (256, 3 if across == 64 else 4, 4)
+        across, splits = 64 if outputs % 64 == 0 else 32, 4 if can_split and outputs < fills else 1
+        wide, stages, warps = (256, 3, 4) if splits > 1 and rows <= 16 else (128, 3, 4)
     else:
+        across, splits = 64 if outputs % 64 == 0 and outputs >= 64 * 64 else 32, 1
         wide, stages, warps = (128, 4, 8) if is_gated else (256, 4, 4) if rows <= 16 else (128, 6, 4)
-    while inputs % wide:
+    while inputs % (splits * 64):
+        splits //= 2
+    while inputs // splits % wide:
         wide //= 2
-    return Tile(across, wide, stages, warps if across == 64 else 4)
+    return Tile(across, wide, stages, warps if across == 64 else 4, splits=splits)
 
 
 # float8_e4m3fn is sign, 4 bits of exponent (bias 7), 3 of mantissa. Put where a wider type has them, a byte is the same number
@@ -321,11 +324,14 @@ def add_splits(
 
 def stream(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, norm_weight: Tensor | None,
-    squares: Tensor | None, residual: Tensor | None, next_norm: Tensor | None, eps: float, activation: str, tile: Tile,
+    squares: Tensor | None, residual: Tensor | None, next_norm: Tensor | None, eps: float, activation: str,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Launch with a given tile; several splits only of a layer that is neither gated nor normed in the loop."""
+    """Launch; with a given tile, of several splits only where the layer is neither gated nor normed in the loop."""
     inputs = x.shape[-1]
     rows, outputs = x.numel() // inputs, weight.shape[0] // (2 if activation else 1)
+    can_split = not activation and norm_weight is None
+    tile = tile or choose_tile(rows, outputs, inputs, bool(activation), scales is not None, can_split)
     out, padded = x.new_empty(*x.shape[:-1], outputs), max(16, power_of_2(rows))
     scaled = sums = part = None
     if next_norm is not None:
@@ -352,9 +358,7 @@ def fused_linear_triton(
     activation: str = "",
 ) -> Tensor:
     """One launch that reads the weights once."""
-    rows, outputs = x.numel() // x.shape[-1], weight.shape[0] // (2 if activation else 1)
-    tile = choose_tile(rows, outputs, x.shape[-1], bool(activation), scales is not None)
-    return stream(x, weight, bias, scales, norm_weight, squares, residual, None, eps, activation, tile)[0]
+    return stream(x, weight, bias, scales, norm_weight, squares, residual, None, eps, activation)[0]
 
 
 @fused_linear_normed.implementation("triton", why_not=why_not_triton, waits=True)
@@ -364,9 +368,7 @@ def fused_linear_normed_triton(
     activation: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same launch, which leaves two more results."""
-    rows, outputs = x.numel() // x.shape[-1], weight.shape[0] // (2 if activation else 1)
-    tile = choose_tile(rows, outputs, x.shape[-1], bool(activation), scales is not None)
-    y, scaled, sums = stream(x, weight, bias, scales, norm_weight, squares, residual, next_norm, eps, activation, tile)
+    y, scaled, sums = stream(x, weight, bias, scales, norm_weight, squares, residual, next_norm, eps, activation)
     assert scaled is not None, "there is a next norm"
     assert sums is not None, "there is a next norm"
     return y, scaled, sums

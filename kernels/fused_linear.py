@@ -8,7 +8,7 @@ The Triton kernel streams the weights once for all rows, accumulates in float32 
 for the norm: x * norm_weight is rounded once and the row's 1 / rms multiplies the sum. Norming in the loop costs time
 (4 to 6 us of a Llama-3.1-8B layer's 170, and all of what is gained from 17 rows on), so the layer before does it
 (`fused_linear_normed`): it knows the next norm's weight and leaves x * norm_weight and sums of squares behind.
-A row's result does not depend on the other rows, nor on how many there are up to the next tile (16, 32, 64).
+A row's result does not depend on the other rows, nor on how many there are up to the next tile (16, 32, 64, 128).
 
 One Llama-3.1-8B layer of 8 rows with attention over 700 tokens, H100 80GB SXM, triton 3.6, 2026-11-21, us (the weights' bytes
 take 145 at 3.0 TB/s):
@@ -34,6 +34,7 @@ from autospec.kernels.launch import (
     can_wait,
     constant,
     fetch_line,
+    fit_stages,
     gdc_launch_dependents,
     gdc_wait,
     jit,
@@ -45,7 +46,8 @@ from autospec.kernels.launch import (
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
 
-MOST = 64  # rows; past them arithmetic counts, and cuBLAS is as fast
+MOST = 128  # rows; past them arithmetic counts, and cuBLAS is faster
+MOST_SCALED = 64  # rows of a float8 layer: more were not timed
 MOST_NORMED = 16  # rows normed in the loop, by every program (qkv, 64 rows: 30.5 us; cuBLAS without the norm 20.9)
 PART = 32  # outputs whose squares are summed
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -108,8 +110,9 @@ def why_not_triton(args: Mapping[str, Any]) -> str | None:
         return f"inputs are {x.dtype}, the weight is {weight.dtype}"
     if args["scales"] is not None and weight.dtype != torch.float8_e4m3fn:
         return f"a scaled weight is float8_e4m3fn, not {weight.dtype}"
-    if rows > MOST:
-        return f"{rows} rows are more than {MOST}"
+    most = MOST if args["scales"] is None else MOST_SCALED
+    if rows > most:
+        return f"{rows} rows are more than {most}"
     if inputs % 64 or outputs % 32:
         return f"a weight of {weight.shape[0]} x {inputs} is not made of tiles of 32 x 64"
     if args["activation"] not in ("", *ACTIVATIONS):
@@ -153,20 +156,32 @@ def choose_tile(rows: int, outputs: int, inputs: int, is_gated: bool, is_scaled:
     can_split: neither gated nor normed in the loop. A float8 head's layers, us, with inputs shared by 4 programs or not:
         8 rows:  qkv 26.5 (30.0), o 12.1 (14.2), down 30.3 (42.7); gate and up 50.0, lm_head 52.5; bytes 16.8, 5.6, 19.6; 39.1, 43.7
         64 rows:     31.4 (42.8),   15.3 (22.7),      36.3 (73.5);             71.9,         69.7
-    From 17 to 63 rows they take the tile of 64, which was not timed there.
+    From 17 to 63 rows they take the tile of 64, which was not timed there. In bfloat16 the target's layers, and cuBLAS:
+        64 rows:  qkv 21.1 (20.9), o 15.0 (14.9), gate and up 85.5 (87.2), down 45.7 (47.2), lm_head 366 (392)
+        128 rows:     22.0 (21.6),   18.1 (15.3),             90.4 (89.5),      51.0 (52.8),         388 (395)
+    where cuBLAS has yet to activate, to add and to norm.
     """
     fills = 64 * 132  # outputs of which programs of 64 keep every multiprocessor busy
+    splits, half = 1, 64 if outputs % 64 == 0 else 32
     if is_scaled:
-        across, splits = 64 if outputs % 64 == 0 else 32, 4 if can_split and outputs < fills else 1
-        wide, stages, warps = (256, 3, 4) if splits > 1 and rows <= 16 else (128, 3, 4)
-    else:
-        across, splits = 64 if outputs % 64 == 0 and outputs >= 64 * 64 else 32, 1
+        splits = 4 if can_split and outputs < fills else 1
+        across, (wide, stages, warps) = half, (256, 3, 4) if splits > 1 and rows <= 16 else (128, 3, 4)
+    elif rows <= 64:
+        across = half if outputs >= 64 * 64 else 32
         wide, stages, warps = (128, 4, 8) if is_gated else (256, 4, 4) if rows <= 16 else (128, 6, 4)
+    elif is_gated:
+        across, wide, stages, warps = half, 64, 3, 8
+    elif can_split and inputs >= 8192 and outputs < fills:
+        across, wide, stages, warps, splits = half, 128, 4, 8, 2
+    elif outputs % 128 == 0 and outputs >= 2 * fills:
+        across, wide, stages, warps = 128, 64, 6, 8
+    else:
+        across, wide, stages, warps = half, 64, 8, 4
     while inputs % (splits * 64):
         splits //= 2
     while inputs // splits % wide:
         wide //= 2
-    return Tile(across, wide, stages, warps if across == 64 else 4, splits=splits)
+    return Tile(across, wide, stages, 4 if across == 32 else warps, splits=splits)
 
 
 # float8_e4m3fn is sign, 4 bits of exponent (bias 7), 3 of mantissa. Put where a wider type has them, a byte is the same number
@@ -333,6 +348,7 @@ def stream(
     can_split = not activation and norm_weight is None
     tile = tile or choose_tile(rows, outputs, inputs, bool(activation), scales is not None, can_split)
     out, padded = x.new_empty(*x.shape[:-1], outputs), max(16, power_of_2(rows))
+    stage_bytes = tile.inputs * (tile.outputs * (2 if activation else 1) * weight.element_size() + padded * x.element_size())
     scaled = sums = part = None
     if next_norm is not None:
         scaled, sums = x.new_empty(*x.shape[:-1], outputs), x.new_empty(*x.shape[:-1], outputs // PART, dtype=torch.float32)
@@ -344,7 +360,8 @@ def stream(
     sizes = {"R": padded, "PART": PART, "BLOCK_P": power_of_2(inputs // PART), "SPLITS": tile.splits, "WAITS": can_wait(x)}
     wrap_triton(stream_weight, waits=True)[(outputs // tile.outputs, tile.splits)](
         x.contiguous(), stored, bias, scales, norm_weight, squares, *behind, ACTIVATION=activation, O=tile.outputs,
-        I=tile.inputs, AHEAD=tile.ahead, EARLY=tile.early, num_warps=tile.warps, num_stages=tile.stages, **sizes,
+        I=tile.inputs, AHEAD=tile.ahead, EARLY=tile.early, num_warps=tile.warps, num_stages=fit_stages(x, tile.stages, stage_bytes),
+        **sizes,
     )  # fmt: skip
     if tile.splits > 1:
         wrap_triton(add_splits, waits=True)[(outputs // PART,)](bias, scales, squares, *behind, O=PART, num_warps=4, **sizes)

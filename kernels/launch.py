@@ -108,6 +108,12 @@ def multiprocessors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
 
 
+def fit_stages(tensor: Tensor, stages: int, stage_bytes: int, other_bytes: int = 0) -> int:
+    """At most `stages` of a pipeline, as many as the shared memory of a program holds on the tensor's GPU; at least one."""
+    whole = torch.cuda.get_device_properties(tensor.device).shared_memory_per_multiprocessor if tensor.is_cuda else 228 << 10
+    return max(1, min(stages, (whole - 1024 - other_bytes) // stage_bytes))  # CUDA keeps 1 KB for itself
+
+
 def no_gpu(args: Mapping[str, Any]) -> str | None:
     """Why no Triton kernel can take these arguments at all."""
     if triton is None:

@@ -20,7 +20,7 @@ from autospec.ir.build import Builder, declare, substitute
 from autospec.ir.match import aten, calls, operand
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.slots import Form, Slot, slot_of
-from autospec.kernels.fused_linear import MOST, fused_linear
+from autospec.kernels.fused_linear import MOST_SCALED, fused_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class QuantizeDraft(Pass):
 def _why_not(slot: Slot, rows: int) -> str | None:
     if slot.kind != "weight":
         return "the weight is computed, not stored"
-    if rows > MOST:
-        return f"{rows} rows are more than {MOST}, where reading the weight is not what costs"
+    if rows > MOST_SCALED:
+        return f"{rows} rows are more than {MOST_SCALED}, where reading the weight is not what costs"
     return None
 
 

@@ -136,7 +136,7 @@ def test_a_wrong_result_is_caught(planted):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("rows", [1, 8, 16, 17, 64])
+@pytest.mark.parametrize("rows", [1, 8, 16, 17, 64, 100])
 @pytest.mark.parametrize("options", [
     {"is_normed": True}, {"activation": "silu", "is_normed": True}, {"has_residual": True, "has_bias": True},
     {"activation": "gelu_tanh", "is_scaled": True}, {"activation": "silu", "is_prepared": True}, {},

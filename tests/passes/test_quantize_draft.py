@@ -12,7 +12,7 @@ from autospec.ir.build import Builder
 from autospec.ir.match import aten, calls
 from autospec.ir.slots import Slot, slots
 from autospec.ir.text import graph_text
-from autospec.kernels.fused_linear import MOST, fused_linear, quantize_rows
+from autospec.kernels.fused_linear import MOST_SCALED, fused_linear, quantize_rows
 from autospec.passes.quantize_draft import QuantizeDraft
 from autospec.program import materialise
 
@@ -69,9 +69,9 @@ def test_the_target_keeps_its_weights() -> None:
 
 
 def test_many_rows_are_left_alone() -> None:
-    record = apply(layers(MOST + 1), QUANTIZE)[0]
+    record = apply(layers(MOST_SCALED + 1), QUANTIZE)[0]
     assert record.count == 0
-    assert {refusal.reason.split(",")[0] for refusal in record.refusals} == {f"{MOST + 1} rows are more than {MOST}"}
+    assert {refusal.reason.split(",")[0] for refusal in record.refusals} == {f"{MOST_SCALED + 1} rows are more than {MOST_SCALED}"}
 
 
 def test_again_finds_nothing() -> None:

@@ -4,20 +4,24 @@
     autospec.append_kv(%k, %v, %k_pages, ...)       ->                                 %k_pages, ...)
     %o = autospec.paged_attention(<rotate>(%q0, ...), ...)   %o = autospec.paged_attention(%q, ...)
 
-Legal: the op's reference is the ops it replaces; K rows are written before anything reads them, as they were.
-Gives up on: keys or queries that are rotated in another way (interleaved, a part of them, in float32), pages that several
-layers read, rotated values that something else reads too.
+    (a drafter writes and reads the same pages in its catch-up and in every level)       every write with the read behind it
+
+Legal: the op's reference is the ops it replaces, and it stands where append_kv stood: behind all earlier writes to the pages
+and reads of them, before all later ones. Queries only have to be there by then.
+Gives up on: keys or queries that are rotated in another way (interleaved, a part of them, in float32), rows that several
+layers read before the pages are written again, or none, rotated values that something else reads too.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from autospec.ir.build import Builder, device_of
-from autospec.ir.match import Op, argument, aten, calls
+from autospec.ir.match import Op, argument, aten, calls, is_call
 from autospec.ir.passes import Notes, Pass
 from autospec.kernels.append_kv import append_kv
 from autospec.kernels.append_rotated import append_rotated
@@ -25,6 +29,7 @@ from autospec.kernels.ordered_attention import ordered_attention
 from autospec.kernels.paged_attention import paged_attention
 
 _ATTENTION = (paged_attention, ordered_attention)
+_WRITERS = (append_kv, append_rotated)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +43,8 @@ class FuseRope(Pass):
         if device_of(module).type != "cuda":
             return 0
         count = 0
-        place = {node: i for i, node in enumerate(module.graph.nodes)}
         for node in calls(module, append_kv):
-            reason = _fuse(module, node, place)
+            reason = _fuse(module, node)
             if reason is None:
                 count += 1
             else:
@@ -48,15 +52,21 @@ class FuseRope(Pass):
         return count
 
 
-def _fuse(module: fx.GraphModule, append: fx.Node, place: dict[fx.Node, int]) -> str | None:
+def _readers(module: fx.GraphModule, append: fx.Node) -> list[fx.Node]:
+    """Attention over the pages that an append writes, up to the next write to them."""
+    touching = [
+        node for node in calls(module, (*_ATTENTION, *_WRITERS))
+        if argument(node, "k_pages") is argument(append, "k_pages") and append < node
+    ]  # fmt: skip
+    return list(itertools.takewhile(lambda node: is_call(node, _ATTENTION), touching))
+
+
+def _fuse(module: fx.GraphModule, append: fx.Node) -> str | None:
     """Rewrite one layer, or say why not."""
     key, value, k_pages, v_pages, *rest = append.args
-    readers = [
-        node for node in calls(module, _ATTENTION) if argument(node, "k_pages") is k_pages and place[node] > place[append]
-    ]
-    writers = [node for node in calls(module, append_kv) if node.args[2] is k_pages]
-    if len(writers) > 1 or len(readers) != 1:
-        return f"{len(writers)} writers and {len(readers)} readers share the pages"
+    readers = _readers(module, append)
+    if len(readers) != 1:
+        return f"{len(readers)} readers until the pages are written again"
     query = argument(readers[0], "q")
     found: list[dict[str, Any]] = []
     for name, rotated in (("keys", key), ("queries", query)):
@@ -67,7 +77,7 @@ def _fuse(module: fx.GraphModule, append: fx.Node, place: dict[fx.Node, int]) ->
     keys, queries = found
     if keys["cos"] is not queries["cos"] or keys["sin"] is not queries["sin"]:
         return "queries and keys are rotated by different angles"
-    if place.get(queries["x"], 0) > place[append]:
+    if append < queries["x"]:
         return "the queries are computed after the keys were written"
     builder = Builder(module, append, append.meta.get("module", ""))
     q, k = (builder.call(aten.transpose.int, one["x"], 1, 2) for one in (queries, keys))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from harness.graphs import after, apply, check_golden, evaluate, sketch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import fx
 
 from autospec.ir.build import Builder
@@ -17,6 +20,7 @@ from autospec.ir.text import graph_text
 from autospec.kernels.append_kv import append_kv
 from autospec.kernels.append_rotated import append_rotated
 from autospec.kernels.paged_attention import paged_attention
+from autospec.passes import fuse_rope
 from autospec.passes.fuse_rope import FuseRope
 
 BATCH, ROWS, HEADS, KV_HEADS, DIM, PAGE = 2, 3, 4, 2, 4, 4
@@ -84,6 +88,48 @@ def test_meaning() -> None:
     assert not list(calls(fused, append_kv))
 
 
+def drafter(reads: Sequence[int]) -> Callable[..., Any]:
+    """Passes of one layer, each a slot behind the one before and over the same pages, with as many reads of what they left."""
+
+    def write(b: Builder, q: Any, k: Any, v: Any, cos: Any, sin: Any, *pages: Any) -> list[fx.Node]:
+        read = []
+        for level, count in enumerate(reads):
+            scaled = (b.call(aten.mul.Tensor, x, level + 1) for x in (q, k))
+            queries, keys = (b.call(aten.transpose.int, rotate(b, x, cos, sin), 1, 2) for x in scaled)
+            *table, kv_lens = pages
+            b.call(append_kv, keys, v, *table, b.call(aten.add.Tensor, kv_lens, level))
+            read += [b.call(paged_attention, queries, *pages, scale=0.5 + extra) for extra in range(count)]
+        return read or [q]
+
+    return write
+
+
+def test_text_of_a_drafter() -> None:
+    check_golden("fuse_rope.drafter", graph_text(after(layer(drafter([1, 1])), FuseRope())))
+
+
+def check_a_drafter(reads: Sequence[int]) -> None:
+    """Every pass whose rows one attention reads is fused, and nothing else; bits and pages stay."""
+    fused = same(drafter(reads))
+    assert len(list(calls(fused, append_rotated))) == list(reads).count(1)
+    assert len(list(calls(fused, append_kv))) == len(reads) - list(reads).count(1)
+
+
+@settings(max_examples=25)
+@given(reads=st.lists(st.integers(0, 2), min_size=1, max_size=4))
+def test_every_pass_of_a_drafter_is_fused_by_itself(reads: list[int]) -> None:
+    with mock.patch("autospec.passes.fuse_rope.device_of", return_value=torch.device("cuda")):
+        check_a_drafter(reads)
+
+
+def test_a_write_paired_with_a_later_read_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: a level takes the queries of the last one."""
+    right = fuse_rope._readers
+    monkeypatch.setattr(fuse_rope, "_readers", lambda module, append: right(module, list(calls(module, append_kv))[-1]))
+    with pytest.raises(AssertionError):
+        check_a_drafter([1, 1])
+
+
 def _other_angles(b: Builder, q: Any, k: Any, v: Any, cos: Any, sin: Any, *pages: Any) -> Any:
     q, k = rotate(b, q, sin, cos), rotate(b, k, cos, sin)
     b.call(append_kv, b.call(aten.transpose.int, k, 1, 2), v, *pages)
@@ -122,7 +168,8 @@ def _read_elsewhere(b: Builder, q: Any, k: Any, v: Any, cos: Any, sin: Any, *pag
     ("write", "reason"),
     [
         (_other_angles, "different angles"), (_uneven, "halves"), (_mirrored, "expected aten.neg"),
-        (_bare_keys, "the keys are not rotated"), (_two_readers, "2 readers"), (_read_elsewhere, "something else reads"),
+        (_bare_keys, "the keys are not rotated"), (_two_readers, "2 readers"), (drafter([0]), "0 readers"),
+        (_read_elsewhere, "something else reads"),
     ],
 )  # fmt: skip
 def test_other_graphs_are_left_alone(write: Any, reason: str) -> None:

@@ -82,7 +82,12 @@ def can_wait(tensor: Tensor) -> bool:
     Where Inductor launches there is nothing to wait for, and it could not see what a kernel with inline assembly writes: it
     would take every argument for written and copy it, pages included.
     """
-    return _is_direct.get() and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return _is_direct.get() and is_hopper(tensor)
+
+
+def is_hopper(tensor: Tensor) -> bool:
+    """Whether the tensor is on a Hopper GPU or a newer one."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
 @jit

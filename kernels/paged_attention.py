@@ -21,8 +21,10 @@ from torch import Tensor
 from autospec.kernels.attention import alibi_bias, attend
 from autospec.kernels.launch import (
     can_wait,
+    fit_stages,
     gdc_launch_dependents,
     gdc_wait,
+    is_hopper,
     jit,
     multiprocessors,
     no_gpu,
@@ -99,23 +101,23 @@ class Tile:
 def choose_tile(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor) -> Tile:
     """A tile and as many splits as fill the GPU, from shapes alone: lengths stay on the device.
 
-    The sizes are the best of a sweep of 60 tiles on an H100 80GB SXM, 32/8 heads of 128, bfloat16, page 16 and 64,
-    triton 3.6, 2026-11-21 (BENCHMARKS.md). 128 rows pay only where a page number serves a whole block; a second program
-    on a multiprocessor only where a split keeps 2048 slots: 1 x 64 at 16384 48.5 us with 8 splits, 61.5 with 4, but
-    16 x 16 at 2048 64.2 us with 2 and 55.7 with 1.
+    The sizes are the best of sweeps on an H100 80GB SXM, 32/8 heads of 128, bfloat16, page 16 and 64, triton 3.6,
+    2026-11-21 (BENCHMARKS.md). On Hopper tensor cores take 64 rows and read K and V where they lie: even one node's four
+    rows are faster in a tile of 64 than of 16 (64 x 1 at 2048: 183 us, not 197; 16 x 8: 50.5, not 56.6; 1 x 1 at 8192: 12.0,
+    not 14.2). 128 rows pay only where a page number serves a whole block. A program that has a multiprocessor for itself
+    keeps four blocks in flight (4 x 64 at 776: 15.8 us, not 19.6), two of them share it with three each.
     """
     batch, q_len, q_heads, head_dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     capacity = page_table.shape[1] * page_size
     all_rows = q_len * q_heads // kv_heads
 
+    def programs(rows: int) -> int:
+        return batch * kv_heads * ((all_rows + rows - 1) // rows)
+
     def splits(rows: int, slots: int) -> int:
-        programs = batch * kv_heads * ((all_rows + rows - 1) // rows)
         count = 1
-        while count < 64 and count * 2 * slots <= capacity:
-            room = multiprocessors(q) * (2 if capacity // (count * 2) >= 2048 else 1)
-            if programs * count * 2 > room:
-                break
+        while count < 64 and count * 2 * slots <= capacity and programs(rows) * count * 2 <= multiprocessors(q):
             count *= 2
         return count
 
@@ -127,8 +129,11 @@ def choose_tile(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor)
         return Tile(rows, slots, splits(rows, slots), 4, 2 if row_bytes <= 1024 else 1)
     if rows >= 128 and page_size % 64 == 0 and capacity // splits(128, 64) >= 1024:
         return Tile(128, 64, splits(128, 64), 8, 3)
-    rows = min(rows, 64)
-    return Tile(rows, 64, splits(rows, 64), 4, 3)
+    rows = 64 if is_hopper(q) else min(rows, 64)
+    count = splits(rows, 64)
+    is_alone = programs(rows) * count <= multiprocessors(q)
+    slots = 32 if is_alone and all_rows <= rows and capacity // count < 256 else 64  # few blocks: rather more of them
+    return Tile(rows, slots, count, 4, 4 if is_alone else 3)
 
 
 # B requests (i_b), N nodes, H K/V heads (i_h), G query heads for each. A tile holds M rows (o_m): row r is node r // G
@@ -294,7 +299,7 @@ def attend_pages(
     group = q_heads // kv_heads
     out = q.new_empty(batch, q_len, q_heads, v_dim)
     part, lse = split_buffers(out, tile.splits)
-    block_dv = max(power_of_2(v_dim), 16)
+    block_d, block_dv, bytes_of_one = max(power_of_2(head_dim), 16), max(power_of_2(v_dim), 16), q.element_size()
     wrap_triton(attend_split, waits=True)[((q_len * group + tile.rows - 1) // tile.rows * tile.splits, kv_heads, batch)](
         q, k_pages, v_pages, page_table, kv_lens, q_lens, None if tree_mask is None else tree_mask.contiguous(), sinks,
         alibi_slopes, part, lse, q.stride(0), q.stride(1), q.stride(2), page_table.stride(0),
@@ -303,8 +308,9 @@ def attend_pages(
         WORDS=1 if tree_mask is None else tree_mask.shape[2],
         WINDOW=window, CHUNK=chunk, SOFTCAP=softcap, SPLITS=tile.splits,
         IS_WIDE=max(k_pages.numel(), v_pages.numel()) >= 2**31,
-        M=tile.rows, T=tile.slots, BLOCK_D=max(power_of_2(head_dim), 16), BLOCK_DV=block_dv,
-        PREFETCH=tile.is_prefetching, WAITS=can_wait(q), num_warps=tile.warps, num_stages=tile.stages,
+        M=tile.rows, T=tile.slots, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        PREFETCH=tile.is_prefetching, WAITS=can_wait(q), num_warps=tile.warps,
+        num_stages=fit_stages(q, tile.stages, tile.slots * (block_d + block_dv) * bytes_of_one, tile.rows * block_d * bytes_of_one),
     )
     combine(part, lse, out, tile.splits, columns=512, warps=1)
     return out

@@ -394,7 +394,7 @@ def fused_linear_normed_triton(
 def bench(device: torch.device) -> Iterator[Measurement]:
     """The layers of Llama-3.1-8B; weights beyond L2, since a step reads each once; exact is float64."""
     layers = (("qkv", 6144, 4096, ""), ("o", 4096, 4096, ""), ("gate, up", 14336, 4096, "silu"), ("down", 4096, 14336, ""))
-    for rows, (name, outputs, inputs, activation) in product((1, 8, 64), layers):
+    for rows, (name, outputs, inputs, activation) in product((1, 8, 64, 128), layers):
         height = outputs * (2 if activation else 1)
         count = 1 + 300_000_000 // (2 * height * inputs)
         x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)

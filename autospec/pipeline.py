@@ -33,6 +33,7 @@ from autospec.passes.fuse_neighbours import FuseNeighbours
 from autospec.passes.fuse_rope import FuseRope
 from autospec.passes.gather_logits import GatherLogits
 from autospec.passes.mask_tree import MaskTree
+from autospec.passes.multiply_outer import MultiplyOuter
 from autospec.passes.narrow_linears import NarrowLinears
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX, OffsetDraftLayers
 from autospec.passes.pack_linears import PackLinears
@@ -267,7 +268,9 @@ def select() -> Stage:
     asked = dict(forced).get("dsa_indexer_logits", "")
     expanded = ExpandDsaDecode(disabled=disabled, route=asked if asked in ROUTES else "")
     chosen = SelectKernels(disabled=disabled, forced=forced)
-    return Stage("select", [FuseNeighbours(), FuseRope(), expanded, PackLinears(), NarrowLinears(), chosen])
+    return Stage("select", [
+        MultiplyOuter(), FuseNeighbours(), FuseRope(), expanded, PackLinears(), NarrowLinears(), chosen,
+    ])  # fmt: skip
 
 
 def portable(stages: Sequence[Stage]) -> list[Stage]:

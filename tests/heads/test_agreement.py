@@ -61,7 +61,8 @@ def knowing_head(target: Any, text: Tensor, tap_after: tuple[int, ...]) -> Eagle
     block: Any = head.layers[0]
     block.self_attn.o_proj.weight.zero_()
     block.mlp.down_proj.weight.zero_()
-    head.lm_head.weight.copy_(nn.functional.normalize(torch.randn(len(tokens), HIDDEN), dim=-1))
+    rows = torch.randn(len(tokens), HIDDEN, generator=torch.Generator().manual_seed(2))  # others guess right by chance more often
+    head.lm_head.weight.copy_(nn.functional.normalize(rows, dim=-1))
     taps = torch.cat([states[tap][0, :-1] for tap in tap_after], dim=-1).double()
     wanted = head.lm_head.weight[torch.searchsorted(tokens, chosen[1:])].double()
     head.fc.weight.copy_((torch.linalg.pinv(taps) @ wanted).T)

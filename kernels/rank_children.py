@@ -18,7 +18,18 @@ import torch
 from torch import Tensor
 
 from autospec.kernels.filters import filter_scores, find_cutoffs, ordered, warm_scores
-from autospec.kernels.launch import jit, multiprocessors, no_gpu, power_of_2, rows_of, tl, wrap_triton
+from autospec.kernels.launch import (
+    can_wait,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    multiprocessors,
+    no_gpu,
+    power_of_2,
+    rows_of,
+    tl,
+    wrap_triton,
+)
 from autospec.kernels.noise import block_gumbel, gumbel
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, deviation, measure, time_graph
@@ -89,91 +100,201 @@ def rank_sampled(
 # The best of five pairs, up to 1.7 times faster than the worst (64 x 10 rows, V = 128256). H100 80GB SXM, 2026-11-21.
 GROUP = 128  # ids whose best score and sum of exponentials the first launch leaves to the second
 BLOCK_V = 1024  # ids per program of the first launch
+PART = 64  # ids whose best score it leaves as well; this and the next number are guesses
+PER_WARP = 1024  # keys of the second launch's larger selection per warp: within a warp a maximum takes no barrier
 
 # A row (request i_b, row i_n) of draft ids (o_v) is read once, for the best score (b_top) and the sum of exponentials
-# (b_sum) of every group of ids (o_g). Only the `count` groups of the best tops can hold the `count` best ids: a second
-# launch reads these again. Nothing of size [B, R, V] is written, and the rows of a level share their noise.
+# (b_sum) of every group of ids (o_g) and the best score of every part of a group (o_p). Only the `count` parts of the best
+# scores can hold the `count` best ids: a second launch reads these again. Nothing of size [B, R, V] is written, and the
+# rows of a level share their noise.
+#
+# Keys (b_key) are numbers with the order of the scores, above 0, which stands for none. GPUs have an instruction for the
+# maximum of 32 bits over a warp. A bfloat16 leaves 16 of them to the position (NARROW): one maximum finds both.
 
 
 @jit
-def summarize(b_ranked, factor, GROUPS: tl.constexpr, GROUP: tl.constexpr):
-    """Of every group: the best score, and the sum of exp(factor (score - best)), to which NaN sticks."""
+def summarize(b_ranked, factor, GROUPS: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr):
+    """The best score of every part and group; of a group the sum of exp(factor (score - best)), to which NaN sticks."""
+    b_part = tl.reshape(b_ranked, (GROUPS * (GROUP // PART), PART))
+    b_part = tl.max(tl.where(b_part == b_part, b_part, -float("inf")), 1)
     b_ranked = tl.reshape(b_ranked, (GROUPS, GROUP))
     b_top = tl.max(tl.where(b_ranked == b_ranked, b_ranked, -float("inf")), 1)
     b_exp = tl.exp(factor * (b_ranked - b_top[:, None]))
-    return b_top, tl.sum(tl.where(b_ranked == -float("inf"), 0.0, b_exp), 1)
+    return b_part, b_top, tl.sum(tl.where(b_ranked == -float("inf"), 0.0, b_exp), 1)
 
 
 @jit
-def best_groups(p_top, p_sum, groups, factor, COUNT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr):
-    """A row's groups with the best tops (`groups` where there are no more), its best score, log of its sum of exp."""
-    o_g, o_k = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K)
-    m_g = o_g < groups
-    b_top = tl.load(p_top + o_g, mask=m_g, other=-float("inf"))
-    b_sum = tl.load(p_sum + o_g, mask=m_g, other=0.0)
-    top = tl.max(b_top, 0)
-    total = tl.sum(b_sum * tl.where(b_top == -float("inf"), 1.0, tl.exp(factor * (b_top - top))), 0)
-    # Score above, position below: one maximum finds the best score and the lowest position that has it.
-    b_key = tl.where(m_g, ordered(b_top).to(tl.int64) * 2147483648 + (2147483647 - o_g), -1)
-    b_groups = tl.full((BLOCK_K,), 0, tl.int32) + groups
-    for i_k in range(COUNT):
-        key = tl.max(b_key, 0)
-        b_groups = tl.where((o_k == i_k) & (key >= 0), (2147483647 - (key & 2147483647)).to(tl.int32), b_groups)
-        b_key = tl.where(b_key == key, -1, b_key)
-    return b_groups, top, tl.log(total)
-
-
-@jit
-def store_best(b_ranked, o_v, vocab_size, factor, top, log_total, p_d2t, p_tokens, p_log_probs, COUNT: tl.constexpr,
-               HAS_MAP: tl.constexpr):  # fmt: skip
-    """The COUNT best ids of a row, ties to the lowest, with their log-probabilities."""
-    b_ranked = tl.where(b_ranked == b_ranked, b_ranked, -float("inf"))
-    b_key = ordered(b_ranked).to(tl.int64) * 2147483648 + (2147483647 - o_v)
-    b_key = tl.where(o_v < vocab_size, b_key, -1)
-    for i_k in range(COUNT):
-        key = tl.max(b_key, 0)
-        b_key = tl.where(b_key == key, -1, b_key)
-        bits = (key // 2147483648).to(tl.uint32).to(tl.int32, bitcast=True)
-        value = (bits ^ tl.where(bits < 0, -2147483648, -1)).to(tl.float32, bitcast=True)  # `ordered`, undone
-        token = 2147483647 - (key & 2147483647)
-        if HAS_MAP:
-            token += tl.load(p_d2t + token)
-        log_prob = factor * (value - top) - log_total
-        log_prob = tl.where(log_prob == log_prob, tl.where(log_prob > 0.0, 0.0, log_prob), -float("inf"))
-        tl.store(p_tokens + i_k, token)
-        tl.store(p_log_probs + i_k, log_prob)
-
-
-@jit
-def summarize_greedy(
-    p_logits, p_top, p_sum, stride_lb, stride_lr, vocab_size, groups, draft_temperature,
-    ROWS: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+def store_summary(
+    p_part, p_top, p_sum, b_part, b_top, b_sum, i_v, i_r, parts, groups, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    i_v, i_r = tl.program_id(0), tl.program_id(1)
-    draft_temperature = tl.cast(draft_temperature, tl.float32)
-    o_v, o_g = i_v * BLOCK_V + tl.arange(0, BLOCK_V), i_v * (BLOCK_V // GROUP) + tl.arange(0, BLOCK_V // GROUP)
-    p_logits += (i_r // ROWS).to(tl.int64) * stride_lb + (i_r % ROWS) * stride_lr
-    b_z = tl.load(p_logits + o_v, mask=o_v < vocab_size, other=-float("inf")).to(tl.float32)
-    b_top, b_sum = summarize(tl.div_rn(b_z, draft_temperature), 1.0, BLOCK_V // GROUP, GROUP)
+    o_p = i_v * (BLOCK_V // PART) + tl.arange(0, BLOCK_V // PART)
+    o_g = i_v * (BLOCK_V // GROUP) + tl.arange(0, BLOCK_V // GROUP)
+    tl.store(p_part + i_r * parts + o_p, b_part, mask=o_p < parts)
     tl.store(p_top + i_r * groups + o_g, b_top, mask=o_g < groups)
     tl.store(p_sum + i_r * groups + o_g, b_sum, mask=o_g < groups)
 
 
 @jit
-def pick_greedy(
-    p_logits, p_top, p_sum, p_d2t, p_tokens, p_log_probs, stride_lb, stride_lr, vocab_size, groups, draft_temperature,
-    ROWS: tl.constexpr, COUNT: tl.constexpr, HAS_MAP: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr,
+def keys_of(b_score, o, NARROW: tl.constexpr):
+    """The keys of scores at positions o; NARROW: of bfloat16's numbers, at positions below 65536."""
+    b_key = ordered(tl.where(b_score == b_score, b_score, -float("inf")))
+    if NARROW:
+        b_key = ((b_key.to(tl.int32, bitcast=True) & -65536) | (65535 - o)).to(tl.uint32, bitcast=True)
+    return b_key
+
+
+@jit
+def scores_of(b_key, NARROW: tl.constexpr):
+    """`keys_of`, undone."""
+    b_bits = b_key.to(tl.int32, bitcast=True)
+    if NARROW:
+        b_bits = tl.where(b_bits < 0, b_bits & -65536, b_bits | 65535)
+    return (b_bits ^ tl.where(b_bits < 0, -2147483648, -1)).to(tl.float32, bitcast=True)
+
+
+@jit
+def halves(b, SIZE: tl.constexpr):
+    """The first and the second half of a block."""
+    return tl.split(tl.trans(tl.reshape(b, (2, SIZE // 2))))
+
+
+@jit
+def better_first(b_key, b_place, b_other, b_other_place):
+    """Keys and places of two blocks: of each pair the higher key, or else the first, and then the other one."""
+    m_swap = b_other > b_key
+    b_low, b_low_place = tl.where(m_swap, b_key, b_other), tl.where(m_swap, b_place, b_other_place)
+    return tl.where(m_swap, b_other, b_key), tl.where(m_swap, b_other_place, b_place), b_low, b_low_place
+
+
+@jit
+def take_best(b_key, o, count, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, NARROW: tl.constexpr):
+    """The `count` highest keys in their order, ties to the lowest of the rising places o, and their places; 0: none left.
+
+    A round takes the maximum. Four quarters of the block, sorted against each other once, are four keys in a row: only the
+    first of each row takes part in a round, and where it wins, the row moves up.
+    """
+    b_low, b_high = halves(b_key, SIZE)
+    b_0, b_1 = halves(b_low, SIZE // 2)
+    b_2, b_3 = halves(b_high, SIZE // 2)
+    o_low, o_high = halves(o, SIZE)
+    o_0, o_1 = halves(o_low, SIZE // 2)
+    o_2, o_3 = halves(o_high, SIZE // 2)
+    for _ in tl.static_range(2):
+        b_0, o_0, b_1, o_1 = better_first(b_0, o_0, b_1, o_1)
+        b_2, o_2, b_3, o_3 = better_first(b_2, o_2, b_3, o_3)
+        b_1, o_1, b_2, o_2 = better_first(b_1, o_1, b_2, o_2)
+    o_k = tl.arange(0, BLOCK_K)
+    b_best = tl.zeros((BLOCK_K,), tl.uint32)
+    b_place = tl.zeros((BLOCK_K,), tl.int32)
+    for i_k in range(count):
+        key = tl.max(b_0, 0)
+        if NARROW:
+            place = 65535 - (key.to(tl.int32, bitcast=True) & 65535)
+            m_won = b_0 == key
+        else:
+            place = tl.min(tl.where(b_0 == key, o_0, 2147483647), 0)
+            m_won = o_0 == place
+            o_0, o_1, o_2 = tl.where(m_won, o_1, o_0), tl.where(m_won, o_2, o_1), tl.where(m_won, o_3, o_2)
+        b_0, b_1, b_2 = tl.where(m_won, b_1, b_0), tl.where(m_won, b_2, b_1), tl.where(m_won, b_3, b_2)
+        b_3 = tl.where(m_won, 0, b_3)
+        b_best = tl.where(o_k == i_k, key, b_best)
+        b_place = tl.where(o_k == i_k, place, b_place)
+    return b_best, b_place
+
+
+@jit
+def total_of(b_top, b_sum, top, factor, BLOCK_G: tl.constexpr):
+    """A row's sum of exp(factor (score - top)), from its groups'.
+
+    The order of the sum is written out, as four warps add: one, two or four leave the same bits.
+    """
+    b_sum = b_sum * tl.where(b_top == -float("inf"), 1.0, tl.exp(factor * (b_top - top)))
+    if BLOCK_G > 128:
+        b_sum = tl.sum(tl.reshape(b_sum, (BLOCK_G // 128, 128)), 0)
+    if BLOCK_G >= 128:
+        b_sum = tl.sum(tl.reshape(b_sum, (4, 32)), 1)
+        b_sum = tl.sum(tl.reshape(b_sum, (2, 2)), 0)
+    return tl.sum(b_sum, 0)
+
+
+@jit
+def best_parts(
+    p_part, p_top, p_sum, parts, groups, factor, count, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr, NARROW: tl.constexpr,
 ):
-    i_r = tl.program_id(0)
-    draft_temperature = tl.cast(draft_temperature, tl.float32)
-    b_groups, top, log_total = best_groups(p_top + i_r * groups, p_sum + i_r * groups, groups, 1.0, COUNT, BLOCK_K, BLOCK_G)
-    o_v = tl.reshape(b_groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (BLOCK_K * GROUP,))
+    """A row's parts with the best scores (`parts` where there are no more), its best score, log of its sum of exp."""
+    o_g, o_p = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_P)
+    b_part = tl.load(p_part + o_p, mask=o_p < parts, other=-float("inf"))
+    b_top = tl.load(p_top + o_g, mask=o_g < groups, other=-float("inf"))
+    b_sum = tl.load(p_sum + o_g, mask=o_g < groups, other=0.0)
+    b_key = tl.where(o_p < parts, keys_of(b_part, o_p, NARROW), 0)
+    b_best, b_place = take_best(b_key, o_p, count, BLOCK_P, BLOCK_K, NARROW)
+    top = tl.max(b_top, 0)
+    return tl.where(b_best > 0, b_place, parts), top, tl.log(total_of(b_top, b_sum, top, factor, BLOCK_G))
+
+
+@jit
+def store_best(b_ranked, o_v, vocab_size, factor, top, log_total, p_d2t, p_tokens, p_log_probs, count, SIZE: tl.constexpr,
+               HAS_MAP: tl.constexpr, BLOCK_K: tl.constexpr, NARROW: tl.constexpr):  # fmt: skip
+    """The `count` best ids of a row, ties to the lowest, with their log-probabilities."""
+    b_key = tl.where(o_v < vocab_size, keys_of(b_ranked, o_v, NARROW), 0)
+    b_best, b_token = take_best(b_key, o_v, count, SIZE, BLOCK_K, NARROW)
+    o_k, b_token = tl.arange(0, BLOCK_K), b_token.to(tl.int64)
+    if HAS_MAP:
+        b_token += tl.load(p_d2t + b_token, mask=o_k < count, other=0)
+    b_log_prob = factor * (scores_of(b_best, NARROW) - top) - log_total
+    b_log_prob = tl.where(b_log_prob == b_log_prob, tl.where(b_log_prob > 0.0, 0.0, b_log_prob), -float("inf"))
+    tl.store(p_tokens + o_k, b_token, mask=o_k < count)
+    tl.store(p_log_probs + o_k, b_log_prob, mask=o_k < count)
+
+
+@jit
+def greedy_scores(p_logits, o_v, stride_lb, stride_lr, i_r, vocab_size, draft_temperature, ROWS: tl.constexpr,
+                  DIVIDES: tl.constexpr):  # fmt: skip
+    """What ranks ids o_v of a row."""
     p_logits += (i_r // ROWS).to(tl.int64) * stride_lb + (i_r % ROWS) * stride_lr
     b_z = tl.load(p_logits + o_v, mask=o_v < vocab_size, other=-float("inf")).to(tl.float32)
+    return tl.div_rn(b_z, tl.cast(draft_temperature, tl.float32)) if DIVIDES else b_z
+
+
+@jit
+def summarize_greedy(
+    p_logits, p_part, p_top, p_sum, stride_lb, stride_lr, vocab_size, parts, groups, draft_temperature,
+    ROWS: tl.constexpr, DIVIDES: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
+    WAITS: tl.constexpr,
+):
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
+    i_v, i_r = tl.program_id(0), tl.program_id(1)
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    b_z = greedy_scores(p_logits, o_v, stride_lb, stride_lr, i_r, vocab_size, draft_temperature, ROWS, DIVIDES)
+    b_part, b_top, b_sum = summarize(b_z, 1.0, BLOCK_V // GROUP, GROUP, PART)
+    store_summary(p_part, p_top, p_sum, b_part, b_top, b_sum, i_v, i_r, parts, groups, BLOCK_V, GROUP, PART)
+
+
+@jit
+def pick_greedy(
+    p_logits, p_part, p_top, p_sum, p_d2t, p_tokens, p_log_probs, stride_lb, stride_lr, vocab_size, parts, groups,
+    draft_temperature, count, ROWS: tl.constexpr, HAS_MAP: tl.constexpr, DIVIDES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, PART: tl.constexpr, NARROW: tl.constexpr,
+    WAITS: tl.constexpr,
+):
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
+    i_r = tl.program_id(0)
+    b_parts, top, log_total = best_parts(
+        p_part + i_r * parts, p_top + i_r * groups, p_sum + i_r * groups, parts, groups, 1.0,
+        count, BLOCK_K, BLOCK_P, BLOCK_G, NARROW,
+    )
+    o_v = b_parts[:, None] * PART + tl.arange(0, PART)[None, :]  # a part is read 16 bytes at a time
+    b_z = greedy_scores(p_logits, o_v, stride_lb, stride_lr, i_r, vocab_size, draft_temperature, ROWS, DIVIDES)
+    b_z, o_v = tl.reshape(b_z, (BLOCK_K * PART,)), tl.reshape(o_v, (BLOCK_K * PART,))
     store_best(
-        tl.div_rn(b_z, draft_temperature), o_v, vocab_size, 1.0, top, log_total, p_d2t,
-        p_tokens + i_r * COUNT, p_log_probs + i_r * COUNT, COUNT, HAS_MAP,
+        b_z, o_v, vocab_size, 1.0, top, log_total, p_d2t, p_tokens + i_r * count, p_log_probs + i_r * count,
+        count, BLOCK_K * PART, HAS_MAP, BLOCK_K, NARROW,
     )
 
 
@@ -247,14 +368,15 @@ def ranked_scores(
 @jit
 def summarize_sampled(
     p_logits, p_nodes, p_parents, p_index, p_keys, p_temperature, p_min_p, p_penalty, p_seen, p_d2t,
-    p_best, p_floor, p_first, p_top, p_sum, stride_lb, stride_lr, vocab_size, groups, nodes, depth, draft_temperature,
-    ROWS: tl.constexpr, ROWS_EACH: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+    p_best, p_floor, p_first, p_part, p_top, p_sum, stride_lb, stride_lr, vocab_size, parts, groups, nodes, depth,
+    draft_temperature, ROWS: tl.constexpr, ROWS_EACH: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr, PART: tl.constexpr,
 ):
     i_v, i_part, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     draft_temperature = tl.cast(draft_temperature, tl.float32)
     temperature, penalty, min_p = tl.load(p_temperature + i_b), tl.load(p_penalty + i_b), tl.load(p_min_p + i_b)
     divisor = tl.where(temperature == 0.0, 1.0, temperature)
-    o_v, o_g = i_v * BLOCK_V + tl.arange(0, BLOCK_V), i_v * (BLOCK_V // GROUP) + tl.arange(0, BLOCK_V // GROUP)
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     p_logits += i_b.to(tl.int64) * stride_lb
     p_seen += i_b.to(tl.int64) * vocab_size
     p_nodes += i_b * nodes
@@ -269,34 +391,34 @@ def summarize_sampled(
             p_logits + i_n * stride_lr, p_seen, p_nodes, p_parents, p_best + i_r, p_floor + i_r, p_first + i_r,
             o_v, vocab_size, nodes - ROWS + i_n, depth, penalty, divisor, min_p, draft_temperature, b_noise,
         )
-        b_top, b_sum = summarize(b_ranked, divisor, BLOCK_V // GROUP, GROUP)
-        tl.store(p_top + i_r * groups + o_g, b_top, mask=o_g < groups)
-        tl.store(p_sum + i_r * groups + o_g, b_sum, mask=o_g < groups)
+        b_part, b_top, b_sum = summarize(b_ranked, divisor, BLOCK_V // GROUP, GROUP, PART)
+        store_summary(p_part, p_top, p_sum, b_part, b_top, b_sum, i_v, i_r, parts, groups, BLOCK_V, GROUP, PART)
 
 
 @jit
 def pick_sampled(
     p_logits, p_nodes, p_parents, p_index, p_keys, p_temperature, p_min_p, p_penalty, p_seen, p_d2t,
-    p_best, p_floor, p_first, p_top, p_sum, p_tokens, p_log_probs,
-    stride_lb, stride_lr, vocab_size, groups, nodes, depth, draft_temperature,
-    ROWS: tl.constexpr, COUNT: tl.constexpr, HAS_MAP: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, GROUP: tl.constexpr,
+    p_best, p_floor, p_first, p_part, p_top, p_sum, p_tokens, p_log_probs,
+    stride_lb, stride_lr, vocab_size, parts, groups, nodes, depth, draft_temperature, count,
+    ROWS: tl.constexpr, HAS_MAP: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, PART: tl.constexpr,
 ):
     i_r = tl.program_id(0)
     i_b, i_n = i_r // ROWS, i_r % ROWS
     draft_temperature = tl.cast(draft_temperature, tl.float32)
     temperature, penalty, min_p = tl.load(p_temperature + i_b), tl.load(p_penalty + i_b), tl.load(p_min_p + i_b)
     divisor = tl.where(temperature == 0.0, 1.0, temperature)
-    b_groups, top, log_total = best_groups(
-        p_top + i_r * groups, p_sum + i_r * groups, groups, divisor, COUNT, BLOCK_K, BLOCK_G
+    b_parts, top, log_total = best_parts(
+        p_part + i_r * parts, p_top + i_r * groups, p_sum + i_r * groups, parts, groups, divisor,
+        count, BLOCK_K, BLOCK_P, BLOCK_G, False,
     )
-    o_v = tl.reshape(b_groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (BLOCK_K * GROUP,))
-    b_noise = tl.zeros((BLOCK_K * GROUP,), tl.float32)
+    o_v = tl.reshape(b_parts[:, None] * PART + tl.arange(0, PART)[None, :], (BLOCK_K * PART,))
+    b_noise = tl.zeros((BLOCK_K * PART,), tl.float32)
     if temperature != 0.0:
-        o_group = b_groups[:, None] * (GROUP // 4) + tl.arange(0, GROUP // 4)[None, :]
+        o_four = b_parts[:, None] * (PART // 4) + tl.arange(0, PART // 4)[None, :]
         b_noise = noise_of(
-            tl.load(p_keys + i_b), tl.load(p_index + i_b), tl.reshape(o_group, (BLOCK_K * GROUP // 4,)), p_d2t,
-            vocab_size, HAS_MAP, BLOCK_K * GROUP,
+            tl.load(p_keys + i_b), tl.load(p_index + i_b), tl.reshape(o_four, (BLOCK_K * PART // 4,)), p_d2t,
+            vocab_size, HAS_MAP, BLOCK_K * PART,
         )
     b_ranked = ranked_scores(
         p_logits + i_b.to(tl.int64) * stride_lb + i_n * stride_lr, p_seen + i_b.to(tl.int64) * vocab_size,
@@ -305,42 +427,57 @@ def pick_sampled(
     )
     store_best(
         b_ranked, o_v, vocab_size, divisor, top, log_total, p_d2t,
-        p_tokens + i_r * COUNT, p_log_probs + i_r * COUNT, COUNT, HAS_MAP,
+        p_tokens + i_r * count, p_log_probs + i_r * count, count, BLOCK_K * PART, HAS_MAP, BLOCK_K, False,
     )
 
 
-def block_sizes(groups: int, count: int, has_map: bool) -> dict[str, int]:
-    """Sizes of the second launch: a thread holds about 32 scores or noise values."""
-    block_k = power_of_2(count)
-    values = block_k * GROUP * (4 if has_map else 1)
+def block_sizes(vocab_size: int, count: int, noise: int) -> dict[str, int]:
+    """Sizes of the second launch.
+
+    Args:
+        noise: numbers drawn for each id that is read again; a thread holds about 32.
+    """
+    block_k, block_p = power_of_2(count), max(4, power_of_2((vocab_size + PART - 1) // PART))
+    warps = max(block_p // PER_WARP, block_k * PART // PER_WARP, block_k * PART * noise // 1024)
     return {
-        "BLOCK_K": block_k, "BLOCK_G": power_of_2(groups), "GROUP": GROUP,
-        "num_warps": min(16, max(4, values // 1024)),
+        "BLOCK_K": block_k, "BLOCK_P": block_p, "BLOCK_G": power_of_2((vocab_size + GROUP - 1) // GROUP), "PART": PART,
+        "num_warps": min(16, max(1, warps)),
     }
 
 
-@rank_greedy.implementation("triton", why_not=no_gpu)
+def new_summary(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the best score of every part, for that of every group, and for every group's sum."""
+    rows, vocab_size = logits.shape[0] * logits.shape[1], logits.shape[2]
+    parts, groups = ((vocab_size + size - 1) // size for size in (PART, GROUP))
+    part, top, total = (logits.new_empty(rows, n, dtype=torch.float32) for n in (parts, groups, groups))
+    return part, top, total
+
+
+@rank_greedy.implementation("triton", why_not=no_gpu, waits=True)
 def rank_greedy_triton(
     logits: Tensor, count: int, draft_temperature: float = 1.0, d2t: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Two launches: a summary of every group of ids, then the best of the best groups.
+    """Two launches: a summary of every group of ids, then the best of the best parts.
 
-    The 10 best of 128256 ids: 10 rows in 15 us, 640 in 120 us. H100 80GB SXM, triton 3.6, 2026-11-21.
+    With keys of 64 bits the 10 best of 128256 ids took 15 us for 10 rows, 120 for 640. H100 80GB SXM, triton 3.6, 2026-11-21.
     """
     logits = rows_of(logits)
     batch, rows, vocab_size = logits.shape
     assert count <= vocab_size, f"{count} children out of a vocabulary of {vocab_size}"
-    groups = (vocab_size + GROUP - 1) // GROUP
-    top, total = (logits.new_empty(batch * rows, groups, dtype=torch.float32) for _ in range(2))
+    part, top, total = new_summary(logits)
     tokens = logits.new_empty(batch, rows, count, dtype=torch.int64)
     log_probs = logits.new_empty(batch, rows, count, dtype=torch.float32)
-    wrap_triton(summarize_greedy)[((vocab_size + BLOCK_V - 1) // BLOCK_V, batch * rows)](
-        logits, top, total, logits.stride(0), logits.stride(1), vocab_size, groups, draft_temperature,
-        ROWS=rows, BLOCK_V=BLOCK_V, GROUP=GROUP,
+    shape = logits.stride(0), logits.stride(1), vocab_size, part.shape[1], top.shape[1], draft_temperature
+    divides, waits = draft_temperature != 1.0, can_wait(logits)
+    wrap_triton(summarize_greedy, waits=True)[((vocab_size + BLOCK_V - 1) // BLOCK_V, batch * rows)](
+        logits, part, top, total, *shape,
+        ROWS=rows, DIVIDES=divides, BLOCK_V=BLOCK_V, GROUP=GROUP, PART=PART, WAITS=waits,
     )
-    wrap_triton(pick_greedy)[(batch * rows,)](
-        logits, top, total, d2t, tokens, log_probs, logits.stride(0), logits.stride(1), vocab_size, groups,
-        draft_temperature, ROWS=rows, COUNT=count, HAS_MAP=d2t is not None, **block_sizes(groups, count, False),
+    wrap_triton(pick_greedy, waits=True)[(batch * rows,)](
+        logits, part, top, total, d2t, tokens, log_probs, *shape, count,
+        ROWS=rows, HAS_MAP=d2t is not None, DIVIDES=divides, WAITS=waits,
+        NARROW=logits.dtype == torch.bfloat16 and not divides and vocab_size <= 65536,
+        **block_sizes(vocab_size, count, 0),
     )
     return tokens, log_probs
 
@@ -360,7 +497,7 @@ def rank_sampled_triton(
     batch, rows, vocab_size = logits.shape
     assert count <= vocab_size, f"{count} children out of a vocabulary of {vocab_size}"
     has_map, depth = d2t is not None, max(path_tokens.shape[2], 1)
-    nodes, groups = 1 + depth * rows, (vocab_size + GROUP - 1) // GROUP
+    nodes = 1 + depth * rows
     paths = torch.full((batch, nodes), -1, dtype=torch.int64, device=logits.device)
     parents = logits.new_empty(batch, nodes, dtype=torch.int32)
     history = seen.new_empty(batch, vocab_size) if has_map else seen[:, :vocab_size].contiguous()
@@ -369,7 +506,7 @@ def rank_sampled_triton(
         rows, path_tokens.shape[2], nodes, seen.shape[1], vocab_size,
         HAS_MAP=has_map, BLOCK_N=power_of_2(nodes), BLOCK_V=BLOCK_V,
     )
-    top, total = (logits.new_empty(batch * rows, groups, dtype=torch.float32) for _ in range(2))
+    part, top, total = new_summary(logits)
     best, floor, first, _ = find_cutoffs(
         logits, paths, parents, temperature, top_k, top_p, min_p, repetition_penalty, history, nodes - rows
     )
@@ -378,15 +515,16 @@ def rank_sampled_triton(
     blocks = (vocab_size + BLOCK_V - 1) // BLOCK_V
     # Rows that share a program share their noise; but every multiprocessor shall have work.
     each = min(rows, max(1, batch * rows * blocks // (8 * multiprocessors(logits))))
+    shape = logits.stride(0), logits.stride(1), vocab_size, part.shape[1], top.shape[1], nodes, depth, draft_temperature
     wrap_triton(summarize_sampled)[(blocks, (rows + each - 1) // each, batch)](
         logits, paths, parents, index, row_keys, temperature, min_p, repetition_penalty, history, d2t,
-        best, floor, first, top, total, logits.stride(0), logits.stride(1), vocab_size, groups, nodes, depth,
-        draft_temperature, ROWS=rows, ROWS_EACH=each, HAS_MAP=has_map, BLOCK_V=BLOCK_V, GROUP=GROUP,
+        best, floor, first, part, top, total, *shape,
+        ROWS=rows, ROWS_EACH=each, HAS_MAP=has_map, BLOCK_V=BLOCK_V, GROUP=GROUP, PART=PART,
     )
     wrap_triton(pick_sampled)[(batch * rows,)](
         logits, paths, parents, index, row_keys, temperature, min_p, repetition_penalty, history, d2t,
-        best, floor, first, top, total, tokens, log_probs, logits.stride(0), logits.stride(1), vocab_size, groups,
-        nodes, depth, draft_temperature, ROWS=rows, COUNT=count, HAS_MAP=has_map, **block_sizes(groups, count, has_map),
+        best, floor, first, part, top, total, tokens, log_probs, *shape, count,
+        ROWS=rows, HAS_MAP=has_map, **block_sizes(vocab_size, count, 4 if has_map else 1),
     )
     return tokens, log_probs
 

@@ -15,7 +15,7 @@ from torch.library import opcheck
 
 from autospec.kernels.choose_tokens import choose_greedy, choose_tokens
 from autospec.kernels.noise import gumbel
-from autospec.kernels.rank_children import rank_greedy, rank_sampled
+from autospec.kernels.rank_children import PART, rank_greedy, rank_sampled
 
 FILE = "autospec.kernels.rank_children"
 NOTHING = float("-inf")
@@ -87,13 +87,37 @@ def test_triton_greedy_equals_lists(interpreted, seed, vocab_size, step, dtype, 
     check_greedy(*args, *interpreted(FILE, "rank_greedy_triton", *args))
 
 
-def test_the_best_are_not_one_per_group(interpreted):
-    """All of the best in one group of ids, at its two ends, and across the edges of groups."""
-    for ids in (range(256, 266), range(502, 512), [0, 255, 256, 511, 512, 1023, 1024, 2047, 2048, 2999]):
-        logits = torch.zeros(1, 1, 3000)
-        logits[0, 0, list(ids)] = 5.0
-        for tokens, _ in both_greedy(interpreted, logits, 10):
-            assert tokens[0, 0].tolist() == list(ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ids", [
+    range(256, 266), range(502, 512), [0, 255, 256, 511, 512, 1023, 1024, 2047, 2048, 2999],
+    range(0, 16 * PART, PART), [5, 1029, 2053, 3077, 3078],
+])  # fmt: skip
+def test_the_best_may_lie_anywhere(interpreted, ids, dtype):
+    """In one group of ids, at its two ends, across the edges of groups, at one place of every part or quarter; equal, rising."""
+    for rise in (0.0, 0.25):
+        logits = torch.zeros(1, 1, 4096)
+        logits[0, 0, list(ids)] = 5.0 + rise * torch.arange(len(ids))
+        for tokens, _ in both_greedy(interpreted, logits.to(dtype), len(ids)):
+            assert tokens[0, 0].tolist() == sorted(ids, reverse=rise > 0)
+
+
+def test_the_sum_over_many_groups(interpreted):
+    logits, _ = greedy_case(12, 20000, 0.25, torch.bfloat16, False)
+    for result in both_greedy(interpreted, logits[2:], 10):
+        check_greedy(logits[2:], 10, 1.0, None, *result)
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_bfloat16_beside_its_position_ranks_like_float32(interpreted, count):
+    """The same bits: infinities, NaN, zeros of both signs and a row without a positive number among them."""
+    logits, d2t = greedy_case(11, 2500, 0.25, torch.bfloat16, True)
+    logits[0, 2, 7] = float("inf")
+    logits[1, 2] = torch.where(logits[1, 2] > 0, 0.0, -0.0)
+    logits[2, 2] = -logits[2, 2].abs() - 1e-30
+    narrow, wide = (interpreted(FILE, "rank_greedy_triton", x, count, 1.0, d2t) for x in (logits, logits.float()))
+    assert torch.equal(narrow[0], wide[0])
+    assert torch.equal(narrow[0], rank_greedy(logits, count, 1.0, d2t)[0])
+    assert torch.equal(narrow[1].view(torch.int32), wide[1].view(torch.int32))
 
 
 def both_greedy(interpreted, *args):

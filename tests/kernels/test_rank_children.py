@@ -101,6 +101,17 @@ def test_the_best_may_lie_anywhere(interpreted, ids, dtype):
             assert tokens[0, 0].tolist() == sorted(ids, reverse=rise > 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_of_several_parts_go_to_the_lowest_id(interpreted, dtype):
+    """Parts are read in the order of their best scores, here the last one first; what ties lies further down."""
+    logits = torch.zeros(1, 1, 4096)
+    tops = torch.arange(5) * PART
+    logits[0, 0, tops] = 10.0 + torch.arange(5)
+    logits[0, 0, tops + 3] = 5.0
+    for tokens, _ in both_greedy(interpreted, logits.to(dtype), 10):
+        assert tokens[0, 0].tolist() == [*tops.flip(0).tolist(), *(tops + 3).tolist()]
+
+
 def test_the_sum_over_many_groups(interpreted):
     logits, _ = greedy_case(12, 20000, 0.25, torch.bfloat16, False)
     for result in both_greedy(interpreted, logits[2:], 10):

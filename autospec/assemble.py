@@ -13,6 +13,7 @@ from autospec import debug, pipeline
 from autospec.capture import export_model
 from autospec.config import Speculation
 from autospec.hollow import is_model_hollow
+from autospec.ir.build import module_of
 from autospec.ir.caches import bytes_per_token, index_keys, kept_rows, spared_in_float8
 from autospec.ir.passes import PassRecord
 from autospec.ir.runner import run_stages
@@ -73,7 +74,7 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(output)
     for old, new in mapped.items():
         new.meta = copy.copy(old.meta)
-    duplicate = fx.GraphModule(torch.nn.Module(), graph)
+    duplicate = module_of(graph)
     duplicate.meta = {"device": module.meta["device"]}
     return duplicate
 

@@ -19,6 +19,7 @@ from autospec.capture_interfaces import Recorder, padding_masks, recorded_in, th
 from autospec.capture_paths import check_paths, longest_of_this_path
 from autospec.capture_rotary import rotary_within
 from autospec.capture_slots import drop_padding_masks, with_slots
+from autospec.capture_trace import traced_plainly
 from autospec.decompose import functional
 from autospec.errors import CaptureError
 from autospec.hollow import is_model_hollow, without_numbers
@@ -39,7 +40,8 @@ class _Logits(torch.nn.Module):
         options = dict(self.options)
         if self.takes_positions:
             options["position_ids"] = position_ids
-        logits = self.model(input_ids=input_ids, **options).logits
+        with traced_plainly():
+            logits = self.model(input_ids=input_ids, **options).logits
         if masks := padding_masks():
             return logits, *masks  # outputs, so that the graph says what they are made of
         return logits

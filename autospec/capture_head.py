@@ -14,6 +14,7 @@ from autospec import debug, pipeline
 from autospec.capture_checks import EXAMPLE_SHAPE
 from autospec.capture_interfaces import layers_through_interfaces
 from autospec.capture_slots import with_slots
+from autospec.capture_trace import traced_plainly
 from autospec.decompose import functional
 from autospec.errors import CaptureError, OptionError
 from autospec.heads.eagle3 import Eagle3Head
@@ -39,7 +40,8 @@ class _Called(nn.Module):
         self.model, self.function = head, function
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*inputs)
+        with traced_plainly():
+            return self.function(*inputs)
 
 
 def capture_head(head: Any, target: CapturedModel) -> CapturedHead:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from autospec.errors import CaptureError
 from autospec.hollow import is_hollow
+from autospec.ir.build import module_of
 from autospec.ir.match import argument, aten, is_call
 from autospec.ir.sizes import constants_of, why_not_sizes_only
 from autospec.ir.slots import Slot, assign_slot
@@ -37,7 +38,7 @@ def with_slots(
         raise CaptureError(f"the model writes to its own buffer {changed} while it runs", where=name)
     fixed = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     named = {**signature.inputs_to_parameters, **fixed}
-    module = fx.GraphModule(torch.nn.Module(), exported.graph)
+    module = module_of(exported.graph)
     weights: dict[str, Tensor] = {}
     by_storage: dict[tuple[Any, ...], fx.Node] = {}
     user_inputs = iter(inputs)

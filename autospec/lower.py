@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from autospec import debug, pipeline
 from autospec.errors import LoweringError, OptionError
-from autospec.ir.build import Builder, fake_mode, value_of
+from autospec.ir.build import Builder, module_of, value_of
+from autospec.ir.fakes import fake_mode
 from autospec.ir.passes import PassRecord
 from autospec.ir.runner import run_stages
 from autospec.ir.slots import Slot, is_pages, slots
@@ -174,7 +175,7 @@ def compile_with_inductor(module: fx.GraphModule) -> Any:
     from torch._inductor.graph import GraphLowering
 
     examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-    plain = fx.GraphModule(torch.nn.Module(), module.graph)
+    plain = module_of(module.graph)
     sources: list[str] = []
     # Packed weights are opaque tensors without strides, so the arguments' sizes are not asserted at run time.
     options: dict[str, Any] = {"reorder_for_locality": False, "size_asserts": False}

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from autospec.ir.build import Builder, fake_mode, value_of
+from autospec.ir.build import Builder, value_of
+from autospec.ir.fakes import fake_mode
 from autospec.ir.match import argument, aten, calls, operand
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.slots import find_slot

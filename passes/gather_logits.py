@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from autospec.ir.build import Builder, fake_mode
+from autospec.ir.build import Builder
+from autospec.ir.fakes import fake_mode
 from autospec.ir.match import calls, operand, others, returned
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.roles import tag, the, with_role

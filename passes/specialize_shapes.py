@@ -18,6 +18,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autospec.ir.build import device_of
+from autospec.ir.fakes import run_on_fakes
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.slots import slot_of
 
@@ -47,8 +48,7 @@ class SpecializeShapes(Pass):
             if node.op == "output":
                 continue
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            with mode, torch.no_grad():
-                value = node.target(*args, **kwargs)
+            value = run_on_fakes(module, node.target, args, kwargs)
             if isinstance(value, (int, float, bool)):
                 constants[node] = value
             else:

@@ -28,7 +28,7 @@ FLOORS = {
     "autospec.passes": 3,
     "autospec.capture": 4, "autospec.decompose": 4, "autospec.exactness": 4,
     "autospec.capture_checks": 4, "autospec.capture_facts": 4, "autospec.capture_interfaces": 4, "autospec.capture_paths": 4,
-    "autospec.capture_rotary": 4, "autospec.capture_slots": 4,
+    "autospec.capture_rotary": 4, "autospec.capture_slots": 4, "autospec.capture_trace": 4,
     "autospec.capture_head": 4, "autospec.legality": 4, "autospec.loading": 4, "autospec.assemble": 4,
     "autospec.frontend": 4, "autospec.exporter": 4, "autospec.aot": 4, "autospec.hollow": 4, "autospec.pass_list": 4,
     "autospec.pipeline": 4, "autospec.lower": 4,

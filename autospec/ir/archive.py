@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from autospec.errors import ArtifactError
-from autospec.ir.build import fake_mode, value_of
+from autospec.ir.build import module_of, value_of
+from autospec.ir.fakes import fake_mode
 from autospec.ir.slots import Slot, slot_of
 from autospec.kernels.registry import load_all
 
@@ -110,7 +111,7 @@ def read_graph(path: Path, declared: Sequence[Slot], device: torch.device) -> fx
         node.meta = {"module": "", **{key: custom[key] for key in _KEPT if key in custom}}
     for node, slot in zip(placeholders, declared, strict=True):
         node.meta["slot"] = slot
-    return placed(fx.GraphModule(torch.nn.Module(), graph), device)
+    return placed(module_of(graph), device)
 
 
 def placed(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
@@ -132,7 +133,7 @@ def placed(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
         new.args, new.kwargs = (_on(device, part) for part in (new.args, new.kwargs))
         with mode, torch.no_grad():
             new.meta["val"] = new.target(*value_of(new.args), **value_of(new.kwargs))  # type: ignore[operator]
-    duplicate = fx.GraphModule(torch.nn.Module(), graph)
+    duplicate = module_of(graph)
     duplicate.meta = {"device": device, "fake_mode": mode}
     return duplicate
 

@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from autospec.ir.fakes import fake_mode, run_on_fakes
 from autospec.ir.slots import Slot, find_slot, placeholder_name, slot_of
 
 
-def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
-    """The one FakeTensorMode that all metadata of a graph lives in."""
-    mode = module.meta.get("fake_mode")
-    assert isinstance(mode, FakeTensorMode), "the graph is not specialised yet: run specialize-shapes first"
-    return mode
+def module_of(graph: fx.Graph) -> fx.GraphModule:
+    """A graph as a module without anything of its own, whose code is written when somebody runs or reads it.
+
+    Each pass of torch's and of ours over a graph asks for new code, which nobody runs: a start of 32 layers with full
+    compile caches spent 4.6 of 29.7 s on it (H100's host, 2026-11-21).
+    """
+    return _LazyGraphModule(torch.nn.Module(), graph)
 
 
 def device_of(module: fx.GraphModule) -> torch.device:
@@ -50,8 +53,7 @@ class Builder:
         op = target.op if hasattr(target, "reference") else target
         with self.graph.inserting_before(self.before):
             node = self.graph.create_node("call_function", op, args, kwargs, name=getattr(op, "_opname", "getitem"))
-        with fake_mode(self.module), torch.no_grad():
-            node.meta["val"] = op(*value_of(args), **value_of(kwargs))
+        node.meta["val"] = run_on_fakes(self.module, op, value_of(args), value_of(kwargs))
         node.meta["module"] = self.owner
         return node
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +16,18 @@ from autospec.ir.text import target_text
 aten = torch.ops.aten
 
 
-def overloads(target: Any) -> set[Any]:
+def overloads(target: Any) -> AbstractSet[Any]:
     """All overloads of a packet, or the one overload, or those of each in a sequence."""
     if isinstance(target, (tuple, list, set, frozenset)):
         return {overload for item in target for overload in overloads(item)}
     if isinstance(target, torch._ops.OpOverloadPacket):
-        return {getattr(target, name) for name in target.overloads()}
+        return _overloads_of(target)
     return {target if isinstance(target, torch._ops.OpOverload) else target.op}
+
+
+@functools.cache
+def _overloads_of(packet: torch._ops.OpOverloadPacket) -> frozenset[Any]:
+    return frozenset(getattr(packet, name) for name in packet.overloads())
 
 
 def is_call(node: Any, target: Any) -> bool:

@@ -7,7 +7,8 @@ import torch
 from harness.graphs import evaluate, sketch
 from torch import fx
 
-from autospec.ir.build import Builder, declare, fake_mode, splice
+from autospec.ir.build import Builder, declare, splice
+from autospec.ir.fakes import fake_mode
 from autospec.ir.invariants import broken_invariants
 from autospec.ir.match import aten, returned
 from autospec.ir.roles import tag, the, with_role

@@ -22,6 +22,7 @@ from autospec.ir.fakes import fake_mode
 from autospec.ir.passes import PassRecord
 from autospec.ir.runner import run_stages
 from autospec.ir.slots import Slot, is_pages, slots
+from autospec.kernels.launch import settle_compiler
 from autospec.kernels.registry import DIRECT, KernelOp, find
 from autospec.program import Graph, ModelFacts, Program, Shape, materialise
 
@@ -53,6 +54,8 @@ def lower_program(
         weights: tensors of earlier programs by slot name; new ones are added.
         left_out: names of optional passes that do not run.
     """
+    for module in unlowered.graphs.values():
+        settle_compiler(module.meta["device"])
     records, graphs = list(unlowered.records), {}
     bound = {} if weights is None else weights
     for name, module in tqdm(

@@ -7,6 +7,7 @@ is imported, kernels are interpreted and launched as they are: tests do that in 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -45,6 +46,21 @@ def launching_directly() -> Iterator[None]:
         yield
     finally:
         _is_direct.reset(token)
+
+
+def settle_compiler(device: torch.device) -> None:
+    """Let Triton compile in every process as Inductor lets it: with torch's assembler where torch has one, into Inductor's cache.
+
+    Inductor says so in the process in which it first compiles a kernel itself, and not in one that finds its cache full. The
+    assembler's version is part of Triton's keys: a second process compiled again whatever is launched directly (8 s of the
+    start of an EAGLE-3 chain with a float8 head; H100, 2026-11-21). What the user has set stays.
+    """
+    if device.type == "cuda":
+        from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+        from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+
+        _set_triton_ptxas_path()
+        os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
 
 
 class _Direct:

@@ -104,8 +104,10 @@ def choose_tile(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor)
     The sizes are the best of sweeps on an H100 80GB SXM, 32/8 heads of 128, bfloat16, page 16 and 64, triton 3.6,
     2026-11-21 (BENCHMARKS.md). On Hopper tensor cores take 64 rows and read K and V where they lie: even one node's four
     rows are faster in a tile of 64 than of 16 (64 x 1 at 2048: 183 us, not 197; 16 x 8: 50.5, not 56.6; 1 x 1 at 8192: 12.0,
-    not 14.2). 128 rows pay only where a page number serves a whole block. A program that has a multiprocessor for itself
-    keeps four blocks in flight (4 x 64 at 776: 15.8 us, not 19.6), two of them share it with three each.
+    not 14.2), but for the fewest in splits of a few blocks (1 x 4 at 768: 5.2, not 5.5). 128 rows pay only where a page number
+    serves a whole block. A program that has a multiprocessor for itself keeps four blocks in flight (4 x 64 at 776: 15.8 us, not
+    19.6), two of them share it with three each; two pay where several tiles read the same long splits (1 x 64 at 16384, page
+    16: 48.1 us, not 60.4).
     """
     batch, q_len, q_heads, head_dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
@@ -117,7 +119,10 @@ def choose_tile(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor)
 
     def splits(rows: int, slots: int) -> int:
         count = 1
-        while count < 64 and count * 2 * slots <= capacity and programs(rows) * count * 2 <= multiprocessors(q):
+        while count < 64 and count * 2 * slots <= capacity:
+            shares = all_rows > rows and capacity // (count * 2) >= 2048
+            if programs(rows) * count * 2 > multiprocessors(q) * (2 if shares else 1):
+                break
             count *= 2
         return count
 
@@ -132,8 +137,9 @@ def choose_tile(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor)
     rows = 64 if is_hopper(q) else min(rows, 64)
     count = splits(rows, 64)
     is_alone = programs(rows) * count <= multiprocessors(q)
-    slots = 32 if is_alone and all_rows <= rows and capacity // count < 256 else 64  # few blocks: rather more of them
-    return Tile(rows, slots, count, 4, 4 if is_alone else 3)
+    if is_alone and all_rows <= rows and capacity // count < 256:  # a few blocks each: rather more, smaller ones
+        return Tile(16, 64, count, 4, 3) if all_rows <= 16 else Tile(rows, 32, count, 4, 4)
+    return Tile(rows, 64, count, 4, 4 if is_alone else 3)
 
 
 # B requests (i_b), N nodes, H K/V heads (i_h), G query heads for each. A tile holds M rows (o_m): row r is node r // G

@@ -44,12 +44,12 @@ def random_paths(generator, batch, limit, q_len):
     return path.int(), length.int()
 
 
-@settings(max_examples=20, deadline=None, print_blob=True)
-@given(seed=st.integers(0, 2**32 - 1), limit=st.integers(1, 6), buffers=st.integers(1, 19))
+@settings(max_examples=12, deadline=None, print_blob=True)
+@given(seed=st.integers(0, 2**32 - 1), limit=st.integers(1, 6), buffers=st.integers(1, 39))
 def test_compact_moves_the_path_and_nothing_else(interpreted, seed, limit, buffers):
     generator = torch.Generator().manual_seed(seed)
     # Layers may differ in head dim, as layers with different K and V do.
-    pages, table = paged(generator, 3, 6, *(5 if i % 7 == 6 else 8 for i in range(buffers)))
+    pages, table = paged(generator, 3, 6, *(5 if i % 19 == 18 else 8 for i in range(buffers)))
     kv_lens = torch.randint(0, 6 * PAGE - 10, (3,), generator=generator).int()
     path, length = random_paths(generator, 3, limit, 10)
     for move in (compact_kv, lambda *args: interpreted(FILE, "compact_kv_triton", *args)):

@@ -38,6 +38,10 @@ def with_slots(
         raise CaptureError(f"the model writes to its own buffer {changed} while it runs", where=name)
     fixed = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     named = {**signature.inputs_to_parameters, **fixed}
+    for node in exported.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"the model calls torch.{node.target}, whose branches or blocks are graphs of their own",
+                               where=name, help="only models whose forward is one graph of ops can be captured")  # fmt: skip
     module = module_of(exported.graph)
     weights: dict[str, Tensor] = {}
     by_storage: dict[tuple[Any, ...], fx.Node] = {}

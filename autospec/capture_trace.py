@@ -26,6 +26,8 @@ class _SameGradMode(TorchFunctionMode):
 class _OncePerKind(TorchDispatchMode):
     """An op that writes to nothing runs on fake tensors once for arguments alike."""
 
+    supports_higher_order_operators = True  # they are not ops, and pass
+
     def __init__(self) -> None:
         super().__init__()
         self.known: Known = {}
@@ -33,7 +35,7 @@ class _OncePerKind(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         is_known = op is torch.ops.prim.device.default  # every other call asks for one
-        if is_known or torch.is_grad_enabled() or op._schema.is_mutable:
+        if is_known or not isinstance(op, torch._ops.OpOverload) or torch.is_grad_enabled() or op._schema.is_mutable:
             return op(*args, **kwargs)
         return run_once(self.known, op, args, kwargs, lambda: op(*args, **kwargs))
 

@@ -360,8 +360,8 @@ def stream(
     sizes = {"R": padded, "PART": PART, "BLOCK_P": power_of_2(inputs // PART), "SPLITS": tile.splits, "WAITS": can_wait(x)}
     wrap_triton(stream_weight, waits=True)[(outputs // tile.outputs, tile.splits)](
         x.contiguous(), stored, bias, scales, norm_weight, squares, *behind, ACTIVATION=activation, O=tile.outputs,
-        I=tile.inputs, AHEAD=tile.ahead, EARLY=tile.early, num_warps=tile.warps, num_stages=fit_stages(x, tile.stages, stage_bytes),
-        **sizes,
+        I=tile.inputs, AHEAD=min(tile.ahead, inputs // tile.splits), EARLY=tile.early, num_warps=tile.warps,
+        num_stages=fit_stages(x, tile.stages, stage_bytes), **sizes,
     )  # fmt: skip
     if tile.splits > 1:
         wrap_triton(add_splits, waits=True)[(outputs // PART,)](bias, scales, squares, *behind, O=PART, num_warps=4, **sizes)

@@ -98,12 +98,12 @@ def can_wait(tensor: Tensor) -> bool:
     Where Inductor launches there is nothing to wait for, and it could not see what a kernel with inline assembly writes: it
     would take every argument for written and copy it, pages included.
     """
-    return _is_direct.get() and is_hopper(tensor)
+    return _is_direct.get() and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
-def is_hopper(tensor: Tensor) -> bool:
-    """Whether the tensor is on a Hopper GPU or a newer one."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+def has_warpgroup_products(tensor: Tensor) -> bool:
+    """Whether tensor cores take tiles of 64 rows from shared memory: Hopper's and Blackwell's, not those of desktops."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] in (9, 10)
 
 
 @jit

@@ -24,7 +24,7 @@ from autospec.kernels.launch import (
     fit_stages,
     gdc_launch_dependents,
     gdc_wait,
-    is_hopper,
+    has_warpgroup_products,
     jit,
     multiprocessors,
     no_gpu,
@@ -134,7 +134,7 @@ def choose_tile(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor)
         return Tile(rows, slots, splits(rows, slots), 4, 2 if row_bytes <= 1024 else 1)
     if rows >= 128 and page_size % 64 == 0 and capacity // splits(128, 64) >= 1024:
         return Tile(128, 64, splits(128, 64), 8, 3)
-    rows = 64 if is_hopper(q) else min(rows, 64)
+    rows = 64 if has_warpgroup_products(q) else min(rows, 64)
     count = splits(rows, 64)
     is_alone = programs(rows) * count <= multiprocessors(q)
     if is_alone and all_rows <= rows and capacity // count < 256:  # a few blocks each: rather more, smaller ones
@@ -217,6 +217,7 @@ def attend_split(
             low = tl.maximum(low, lowest - WINDOW + 1)
         if CHUNK > 0:
             low = tl.maximum(low, lowest // CHUNK * CHUNK)
+        low = tl.minimum(low, end)  # no row is there: its lowest position is no position
 
     # Blocks up to full - 1 are seen by every row, the others need the mask. The splits take turns: so where a split
     # begins depends on no length, and its first pages are known at once.

@@ -119,6 +119,8 @@ def _match(rotated: Any, found: dict[str, Any]) -> str | None:
             return mismatch.reason
     x, cos, sin = (found[name].meta["val"] for name in ("x", "cos", "sin"))
     width = x.shape[-1]
+    if width % 2:
+        return f"{width} dimensions have no halves"
     if [*found["first"].args[2:]] != [0, width // 2] or found["second"].args[2] != width // 2 or found["second"].args[3] < width:
         return "the halves are not halves"
     if cos.shape[-1] != width or sin.shape != cos.shape or not x.dtype == cos.dtype == sin.dtype:

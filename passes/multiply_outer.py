@@ -9,7 +9,8 @@ Inductor, CPU, 2026-11-21).
 
 Legal: each element is one product, rounded once; 0 + x * y and x * y differ in the sign of a zero at most.
 Gives up on: float32 where the machine may round the operands of matrix products (TF32); halves, whose result is rounded before
-it is read, and a fused one's is not; results that would lie in memory in another order.
+it is read, and a fused one's is not; results that are added to something, with which a GPU would round them once together;
+results that would lie in memory in another order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import fx
 
 from autospec.ir.build import Builder, device_of, substitute
-from autospec.ir.match import aten, calls, operand
+from autospec.ir.match import aten, calls, is_call, operand
 from autospec.ir.passes import Notes, Pass
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
@@ -38,7 +39,7 @@ class MultiplyOuter(Pass):
         for node in calls(module, _PRODUCTS):
             if not _is_outer(node):
                 continue
-            reason = _why_not(node.meta["val"].dtype, device_of(module)) or _multiply(module, node)
+            reason = _why_not(node, device_of(module)) or _multiply(module, node)
             if reason is None:
                 count += 1
             else:
@@ -52,8 +53,11 @@ def _is_outer(node: fx.Node) -> bool:
     return x.dim() > 1 and y.dim() > 1 and x.shape[-1] == 1
 
 
-def _why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+def _why_not(node: fx.Node, device: torch.device) -> str | None:
     """Why one product per element would be another number; None if it is the same."""
+    dtype = node.meta["val"].dtype
+    if any(is_call(user, (aten.add, aten.sub)) for user in node.users):
+        return "the product is added to something, and rounded before"
     if dtype not in (torch.float32, torch.float64):
         return f"a product in {dtype} is rounded before it is read, and a fused one is not"
     # Of several settings, old and new, this one is what torch's libraries are told; "none" is the default, which rounds nothing.

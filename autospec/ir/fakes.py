@@ -60,7 +60,7 @@ def _again(leaf: Any) -> Any:
 def _kind_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What the metadata of a result follows from, hashable; None: this is not known of one of the arguments."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    found: list[Any] = [op, spec]
+    found: list[Any] = [op, spec, torch.get_default_dtype(), torch.get_default_device()]
     for leaf in leaves:
         if isinstance(leaf, Tensor) and _is_plain(leaf):
             sizes = map(_size, (*leaf.size(), *leaf.stride(), leaf.storage_offset()))

@@ -99,6 +99,8 @@ class Op:
             seen = target_text(node) if isinstance(node, fx.Node) else repr(node)
             wanted = " or ".join(sorted(str(op).removesuffix(".default") for op in overloads(self.targets)))
             return Mismatch(node, f"expected {wanted}, found {seen}")
+        if node.kwargs.get("alpha", 1) != 1:
+            return Mismatch(node, f"alpha is {node.kwargs['alpha']}, not 1")
         if self.where is not None and (reason := self.where(node)) is not None:
             return Mismatch(node, reason)
         for pattern, value in zip(self.inputs, node.args, strict=False):

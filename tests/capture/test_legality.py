@@ -235,6 +235,15 @@ def test_data_dependent_shapes_are_refused():
         capture_model(model)
 
 
+def test_a_branch_that_is_an_op_is_refused():
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: torch.cond(x.shape[1] > 4, lambda y: y * 2.0, lambda y: y * 3.0, (plain(x),))
+    with pytest.raises(CaptureError, match=r"the model calls torch\.cond"):
+        capture_model(model)
+
+
 def test_a_boolean_index_is_refused():
     """Export keeps it as a tensor of unknown size, which no step has room for (xmod)."""
     model = llama()

@@ -72,6 +72,16 @@ def test_an_op_runs_once_for_arguments_alike_and_no_two_results_are_one_tensor()
     assert len(asked) == 4
 
 
+def test_the_default_dtype_is_a_part_of_the_kind() -> None:
+    module = _module()
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert run_on_fakes(module, aten.zeros.default, ([4],), {"device": "cpu"}).dtype == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("given", [aten.contiguous.default, aten.detach.default, aten.relu_.default])
 def test_an_op_that_returns_its_argument_does_so_again(given: Any) -> None:
     module = _module()

@@ -199,9 +199,10 @@ def test_wide_equals_narrow(interpreted):
             torch.testing.assert_close(out[:, n : n + 1], one, rtol=2e-6, atol=2e-6)
 
 
-def test_padding_is_invisible(interpreted):
+@pytest.mark.parametrize("window", [0, 6])
+def test_padding_is_invisible(interpreted, window):
     """Rows past q_lens and pages past the length change nothing, whatever they hold: NaN."""
-    case = make_case(8, (3, 9), q_lens=torch.tensor([9, 4, 0]).int()).to(torch.float32)
+    case = make_case(8, (3, 9), q_lens=torch.tensor([9, 4, 0]).int(), window=window).to(torch.float32)
     for tile in (WHOLE, SPLIT, None):
         poisoned = replace(case, k_pages=case.k_pages.clone(), v_pages=case.v_pages.clone(), q=case.q.clone())
         for b in range(3):

@@ -144,6 +144,13 @@ def _mirrored(b: Builder, *args: Any) -> Any:
     return llama(b, *args, sign=aten.abs.default)
 
 
+def _weighed(b: Builder, q: Any, k: Any, v: Any, cos: Any, sin: Any, *pages: Any) -> Any:
+    q, k = rotate(b, q, cos, sin), rotate(b, k, cos, sin)
+    k.kwargs = {"alpha": 2}
+    b.call(append_kv, b.call(aten.transpose.int, k, 1, 2), v, *pages)
+    return b.call(paged_attention, b.call(aten.transpose.int, q, 1, 2), *pages, scale=0.5)
+
+
 def _bare_keys(b: Builder, q: Any, k: Any, v: Any, cos: Any, sin: Any, *pages: Any) -> Any:
     b.call(append_kv, b.call(aten.transpose.int, k, 1, 2), v, *pages)
     return b.call(paged_attention, b.call(aten.transpose.int, rotate(b, q, cos, sin), 1, 2), *pages, scale=0.5)
@@ -168,6 +175,7 @@ def _read_elsewhere(b: Builder, q: Any, k: Any, v: Any, cos: Any, sin: Any, *pag
     ("write", "reason"),
     [
         (_other_angles, "different angles"), (_uneven, "halves"), (_mirrored, "expected aten.neg"),
+        (_weighed, "alpha is 2"),
         (_bare_keys, "the keys are not rotated"), (_two_readers, "2 readers"), (drafter([0]), "0 readers"),
         (_read_elsewhere, "something else reads"),
     ],
@@ -177,6 +185,12 @@ def test_other_graphs_are_left_alone(write: Any, reason: str) -> None:
     record = apply(layer(write), FuseRope())[0]
     assert record.count == 0
     assert reason in record.refusals[0].reason
+
+
+def test_an_odd_number_of_dimensions_has_no_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "DIM", 5)
+    (refusal,) = apply(layer(lambda b, *args: llama(b, *args, middle=2)), FuseRope())[0].refusals
+    assert "halves" in refusal.reason
 
 
 def test_again_finds_nothing() -> None:

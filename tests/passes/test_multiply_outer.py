@@ -112,6 +112,15 @@ def test_a_product_that_sums_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         check(product(aten.mm.default, (2, 2), (2, 2), torch.float32), 0)
 
 
+def test_a_product_that_is_added_is_left_alone() -> None:
+    """A GPU would round product and sum once, together."""
+    given = [Slot("input", "x", (3, 1), torch.float32), Slot("input", "y", (1, 4), torch.float32)]
+    module = sketch(given, lambda b, x, y: b.call(aten.add.Tensor, b.call(aten.mm.default, x, y), 1.0))
+    (record,) = apply(module, MultiplyOuter())
+    assert record.count == 0
+    assert "added to something" in record.refusals[0].reason
+
+
 def test_another_order_in_memory_is_refused() -> None:
     module = product(aten.bmm.default, (3, 4, 1), (3, 1, 1), torch.float32, is_turned=True)
     (record,) = apply(module, MultiplyOuter())

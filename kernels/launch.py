@@ -24,6 +24,7 @@ except ImportError:
     triton = tl = gdc_launch_dependents = gdc_wait = None
 
 _is_direct: ContextVar[bool] = ContextVar("is_direct", default=False)
+_prepares: ContextVar[bool] = ContextVar("prepares", default=False)
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -46,6 +47,16 @@ def launching_directly() -> Iterator[None]:
         yield
     finally:
         _is_direct.reset(token)
+
+
+@contextmanager
+def preparing_launches() -> Iterator[None]:
+    """Kernels that are launched directly are compiled for their arguments, which may be fake, and not launched."""
+    token = _prepares.set(True)
+    try:
+        yield
+    finally:
+        _prepares.reset(token)
 
 
 def settle_compiler(device: torch.device) -> None:
@@ -73,9 +84,17 @@ class _Direct:
         def launch(*args: Any, **kwargs: Any) -> Any:
             # Never early without the wait inside, which older GPUs lack.
             early = {"launch_pdl": True} if self.waits and kwargs["WAITS"] else {}
+            if _prepares.get():
+                named = {name: _unallocated(value) for name, value in kwargs.items()}
+                return self.kernel.warmup(*map(_unallocated, args), grid=grid, **named, **early)
             return self.kernel[grid](*args, **kwargs, **early)
 
         return launch
+
+
+def _unallocated(argument: Any) -> Any:
+    """What Triton compiles for in place of a tensor: its dtype, at an address that is a multiple of 16 as almost all are."""
+    return triton.MockTensor(argument.dtype) if isinstance(argument, Tensor) else argument
 
 
 def wrap_triton(kernel: Any, waits: bool = False) -> Any:

@@ -131,7 +131,9 @@ class KernelOp:
         name = f"autospec_direct::{self.name}"
         definition: Any = torch.library.custom_op(name, launch, mutates_args=self.mutates, schema=schema)
         definition.register_fake(self.reference)
-        return getattr(torch.ops.autospec_direct, self.name).default
+        op = getattr(torch.ops.autospec_direct, self.name).default
+        LAUNCHES[op] = launch
+        return op
 
     def native(self, *, why_not: Support) -> None:
         """Register an implementation in C++, whose library `why_not` loads: torch.ops.autospec_cpu.<name>.
@@ -162,6 +164,7 @@ TRACED = ("triton", "flashinfer_xqa", "flashinfer_trtllm")  # Inductor sees what
 _native = torch.library.Library("autospec_cpu", "DEF")
 REGISTRY: dict[str, KernelOp] = {}
 DIRECT: dict[Any, Any] = {}  # op of a Triton implementation -> the op that launches it from Python
+LAUNCHES: dict[Any, Callable[..., Any]] = {}  # such an op -> its function
 
 
 def kernel_op(

@@ -31,7 +31,7 @@ FLOORS = {
     "autospec.capture_rotary": 4, "autospec.capture_slots": 4, "autospec.capture_trace": 4,
     "autospec.capture_head": 4, "autospec.legality": 4, "autospec.loading": 4, "autospec.assemble": 4,
     "autospec.frontend": 4, "autospec.exporter": 4, "autospec.aot": 4, "autospec.hollow": 4, "autospec.pass_list": 4,
-    "autospec.pipeline": 4, "autospec.lower": 4,
+    "autospec.pipeline": 4, "autospec.lower": 4, "autospec.early_start": 4,
     "autospec.capture_experts": 4, "autospec.in_float32": 4,
     "autospec.runtime": 5,
     "autospec.api": 6, "autospec.loaded": 6, "autospec.report": 6, "autospec.cli": 6,

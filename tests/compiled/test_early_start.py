@@ -1,0 +1,108 @@
+"""Kernels that Inductor writes and that start early wait first."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autospec import lower
+from autospec.early_start import WAIT, refuse_unsafe_starts, starting_early, wait_first
+from autospec.errors import LoweringError
+from autospec.ir.slots import Slot
+
+KERNEL = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def _triton_helper_fn0(arg0_0, arg1_0):
+    tmp0 = arg0_0 + arg1_0
+    return tmp0
+
+@triton_heuristics.pointwise(
+    size_hints={'x': 4096},
+    triton_meta={'signature': {'in_ptr0': '*bf16'}, 'launch_pdl': True, 'constants': {}},
+)
+@triton.jit
+def triton_poi_fused_add_0(in_ptr0, out_ptr0, xnumel, XBLOCK : tl.constexpr):
+    xoffset = tl.program_id(0) * XBLOCK
+    tmp0 = tl.load(in_ptr0 + (x0), xmask)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.store(out_ptr0 + (x0), tmp0, xmask)
+"""
+
+
+def generated(kernel: str) -> str:
+    return f"before\ntriton_poi_fused_add_0 = async_compile.triton('triton_poi_fused_add_0', '''{kernel}''', device_str='cuda')\n"
+
+
+def test_the_wait_comes_before_anything_else():
+    waiting = wait_first(KERNEL)
+    assert f"XBLOCK : tl.constexpr):\n    {WAIT}\n    xoffset" in waiting
+    assert "arg1_0):\n    tmp0" in waiting, "its helper functions do not wait"
+    assert waiting.replace(f"    {WAIT}\n", "", 1) == KERNEL
+
+
+def test_a_kernel_that_takes_its_turn_stays():
+    patient = KERNEL.replace("'launch_pdl': True", "'launch_pdl': False")
+    assert wait_first(patient) == patient
+    refuse_unsafe_starts([generated(patient)])
+
+
+def test_a_kernel_that_reads_before_it_waits_is_refused():
+    refuse_unsafe_starts([generated(wait_first(KERNEL))])
+    with pytest.raises(LoweringError, match="starts before the one in front of it ends") as refusal:
+        refuse_unsafe_starts([generated(wait_first(KERNEL)), generated(KERNEL)])
+    assert "triton_poi_fused_add_0" in str(refusal.value)
+
+
+def test_nothing_changes_on_a_cpu():
+    from torch._inductor.codegen.triton import TritonKernel
+
+    before = TritonKernel.codegen_kernel
+    with starting_early(torch.device("cpu")) as options:
+        assert (options, TritonKernel.codegen_kernel) == ({}, before)
+
+
+def test_inductor_is_as_it_was_afterwards():
+    """And its keys tell graphs with these kernels from others."""
+    from torch._inductor.codegen.triton import TritonKernel
+    from torch._inductor.codegen.triton_combo_kernel import ComboKernel
+
+    before = TritonKernel.codegen_kernel, ComboKernel.codegen_kernel
+    with starting_early(torch.device("cuda")) as options:
+        assert before[0] is not TritonKernel.codegen_kernel
+        assert before[1] is not ComboKernel.codegen_kernel
+    assert (TritonKernel.codegen_kernel, ComboKernel.codegen_kernel) == before
+    assert options["triton.enable_pdl"] is True
+    assert options["post_grad_custom_post_pass"].uuid()
+
+
+@pytest.mark.cuda
+def test_what_inductor_writes_on_a_gpu(cuda, monkeypatch):
+    """A fill, a pointwise kernel, a reduction, and two of them in one launch: every kernel waits first."""
+    seen: list[str] = []
+    check = lower.refuse_unsafe_starts
+    monkeypatch.setattr(lower, "refuse_unsafe_starts", lambda sources: (seen.extend(sources), check(sources))[1])
+    graph, mode = fx.Graph(), FakeTensorMode()
+    x = graph.placeholder("x")
+    first = graph.call_function(torch.ops.aten.sum.dim_IntList, (x, [1]))
+    second = graph.call_function(torch.ops.aten.amax.default, (x, [0]))
+    third = graph.call_function(torch.ops.aten.cumsum.default, (second, 0))
+    fill = graph.call_function(torch.ops.aten.full.default, ([777], 3.0), {"device": cuda})
+    graph.output((first, second, third, fill))
+    with mode:
+        x.meta.update(val=torch.empty(300, 500, device=cuda), slot=Slot("input", "x", (300, 500)))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    module.meta.update(fake_mode=mode, device=cuda)
+    run = lower.compile_with_inductor(module)
+    value = torch.randn(300, 500, device=cuda)
+    for mine, theirs in zip(run(value), module(value), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    early = len(re.findall("'launch_pdl': True", "".join(seen)))
+    assert (early > 1) == (torch.cuda.get_device_capability() >= (9, 0))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from autospec.kernels.launch import jit, no_gpu, power_of_2, tl, wrap_triton
+from autospec.kernels.launch import can_wait, gdc_launch_dependents, gdc_wait, jit, no_gpu, power_of_2, tl, wrap_triton
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
 
@@ -45,8 +45,12 @@ def accept_tree(
 # B requests (i_b), N nodes (o_n). One program follows one request; the nodes stay in registers.
 @jit
 def follow_target(
-    p_target, p_draft, p_parents, p_length, p_path, p_bonus, q_len, MAX_DRAFT_LEN: tl.constexpr, BLOCK_N: tl.constexpr
+    p_target, p_draft, p_parents, p_length, p_path, p_bonus, q_len, MAX_DRAFT_LEN: tl.constexpr, BLOCK_N: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_b = tl.program_id(0)
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < q_len
@@ -70,7 +74,7 @@ def follow_target(
     tl.store(p_bonus + i_b, wanted)
 
 
-@accept_tree.implementation("triton", why_not=no_gpu)
+@accept_tree.implementation("triton", why_not=no_gpu, waits=True)
 def accept_tree_triton(
     target_tokens: Tensor, draft_tokens: Tensor, tree_parents: Tensor, max_draft_len: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,10 +83,10 @@ def accept_tree_triton(
     accept_length = tree_parents.new_empty(batch, dtype=torch.int32)
     accept_path = tree_parents.new_empty(batch, max_draft_len + 1, dtype=torch.int32)
     bonus_token = target_tokens.new_empty(batch)
-    wrap_triton(follow_target)[(batch,)](
+    wrap_triton(follow_target, waits=True)[(batch,)](
         target_tokens.contiguous(), draft_tokens.contiguous(), tree_parents.contiguous(),
         accept_length, accept_path, bonus_token, q_len,
-        MAX_DRAFT_LEN=max_draft_len, BLOCK_N=power_of_2(q_len), num_warps=1 if q_len <= 64 else 4,
+        MAX_DRAFT_LEN=max_draft_len, BLOCK_N=power_of_2(q_len), WAITS=can_wait(target_tokens), num_warps=1 if q_len <= 64 else 4,
     )
     return accept_length, accept_path, bonus_token
 

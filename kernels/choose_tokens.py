@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autospec.kernels.filters import BLOCK_V, filter_scores, find_cutoffs, node_depth, ordered, warm_scores
-from autospec.kernels.launch import jit, no_gpu, power_of_2, rows_of, tl, wrap_triton
+from autospec.kernels.launch import can_wait, gdc_launch_dependents, gdc_wait, jit, no_gpu, power_of_2, rows_of, tl, wrap_triton
 from autospec.kernels.noise import block_gumbel, gumbel
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
@@ -122,9 +122,12 @@ def pick_in_blocks(
 
 @jit
 def best_in_blocks(
-    p_logits, p_value, p_id, stride_lb, stride_lr, vocab_size, ROWS: tl.constexpr, BLOCK_V: tl.constexpr
+    p_logits, p_value, p_id, stride_lb, stride_lr, vocab_size, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, WAITS: tl.constexpr
 ):
     """The best of each block of ids, without processors."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_v, i_r = tl.program_id(0), tl.program_id(1)
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     p_logits += (i_r // ROWS).to(tl.int64) * stride_lb + (i_r % ROWS) * stride_lr
@@ -136,8 +139,11 @@ def best_in_blocks(
 
 
 @jit
-def best_of_blocks(p_value, p_id, p_token, blocks, vocab_size, BLOCK: tl.constexpr):
+def best_of_blocks(p_value, p_id, p_token, blocks, vocab_size, BLOCK: tl.constexpr, WAITS: tl.constexpr):
     """The lowest id among the best of all blocks; a row of NaN still gives a valid id."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_r, o_block = tl.program_id(0), tl.arange(0, BLOCK)
     m_block = o_block < blocks
     b_value = tl.load(p_value + i_r * blocks + o_block, mask=m_block, other=-float("inf"))
@@ -156,8 +162,8 @@ def reduce_blocks(value: Tensor, token: Tensor, logits: Tensor) -> Tensor:
     """Block winners -> [B, R] int64."""
     chosen = logits.new_empty(logits.shape[:2], dtype=torch.int64)
     blocks = value.shape[1]
-    wrap_triton(best_of_blocks)[(value.shape[0],)](
-        value, token, chosen, blocks, logits.shape[2], BLOCK=power_of_2(blocks), num_warps=1
+    wrap_triton(best_of_blocks, waits=True)[(value.shape[0],)](
+        value, token, chosen, blocks, logits.shape[2], BLOCK=power_of_2(blocks), WAITS=can_wait(logits), num_warps=1
     )
     return chosen
 
@@ -188,13 +194,14 @@ def choose_tokens_triton(
     return reduce_blocks(value, token, logits)
 
 
-@choose_greedy.implementation("triton", why_not=no_gpu)
+@choose_greedy.implementation("triton", why_not=no_gpu, waits=True)
 def choose_greedy_triton(logits: Tensor) -> Tensor:
     """A two-stage argmax: a row of 128k logits keeps 63 programs busy instead of one."""
     logits = rows_of(logits)
     value, token = block_partials(logits)
-    wrap_triton(best_in_blocks)[(value.shape[1], value.shape[0])](
-        logits, value, token, logits.stride(0), logits.stride(1), logits.shape[2], ROWS=logits.shape[1], BLOCK_V=BLOCK_V
+    wrap_triton(best_in_blocks, waits=True)[(value.shape[1], value.shape[0])](
+        logits, value, token, logits.stride(0), logits.stride(1), logits.shape[2], ROWS=logits.shape[1], BLOCK_V=BLOCK_V,
+        WAITS=can_wait(logits),
     )
     return reduce_blocks(value, token, logits)
 

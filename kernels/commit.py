@@ -52,6 +52,16 @@ def tokens_at(tokens: Tensor, starts: Tensor, count: int) -> Tensor:
     return tokens.gather(1, slot.clamp(0, tokens.shape[1] - 1))
 
 
+def _written(tokens: Tensor, starts: Tensor, run: Tensor, count: Tensor) -> Tensor:
+    """tokens [B, T] with the first count[b] words of run [B, R] from starts[b] on.
+
+    Every word is chosen, none is scattered: Inductor leaves a scatter of int64 to a kernel of its own between two copies.
+    """
+    place = torch.arange(tokens.shape[1], device=tokens.device)[None, :] - starts.long()[:, None]
+    word = run.gather(1, place.clamp(0, run.shape[1] - 1))
+    return torch.where((place >= 0) & (place < count[:, None]), word, tokens)
+
+
 @kernel_op(mutates=("tokens", "kv_lens", "finished"))
 def commit_prompt(
     tokens: Tensor, kv_lens: Tensor, finished: Tensor, prompt_lens: Tensor, limits: Tensor, eos_ids: Tensor,
@@ -63,9 +73,8 @@ def commit_prompt(
     target_tokens [B, 1] int64. -> emitted [B, 1] int64, -1 where the prompt goes on. Mutates tokens, kv_lens, finished.
     """
     ended = (kv_lens + q_lens == prompt_lens) & (q_lens > 0)
-    slot = prompt_lens.long()[:, None]
     emitted = torch.where(ended[:, None], target_tokens, -1)
-    tokens.copy_(tokens.scatter(1, slot, torch.where(ended[:, None], target_tokens, tokens.gather(1, slot))))
+    tokens.copy_(_written(tokens, prompt_lens, target_tokens, ended.long()))
     is_eos = (target_tokens == eos_ids[None, :]).any(1)
     finished.copy_(finished | (ended & (is_eos | (prompt_lens + 1 >= limits))))
     kv_lens.copy_(kv_lens + q_lens)
@@ -100,8 +109,7 @@ def commit_step(
     count = torch.minimum(count, limits.long() - kv_lens.long() - 1).clamp(min=0)
     count = torch.where(live, count, 0)
     valid = index < count[:, None]
-    slot = kv_lens.long()[:, None] + 1 + index
-    tokens.copy_(tokens.scatter(1, slot, torch.where(valid, run, tokens.gather(1, slot))))
+    tokens.copy_(_written(tokens, kv_lens + 1, run, count))
     reached = torch.cat([live[:, None], (accept_length[:, None] >= index[:, 1:]) & live[:, None]], 1)
     if steps < accept_counts.shape[1]:
         is_next = (tree_parents[:, steps] == steps - 1) & (draft_tokens[:, steps] == bonus_token)

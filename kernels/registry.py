@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from autospec.debug import names
+from autospec.kernels.fakes import once_for_a_kind
 from autospec.kernels.launch import launching_directly
 
 Support = Callable[[Mapping[str, Any]], str | None]
@@ -110,7 +111,7 @@ class KernelOp:
             define = torch.library.triton_op if backend in TRACED else torch.library.custom_op
             definition: Any = define(f"autospec_{backend}::{self.name}", function, mutates_args=self.mutates)
             if backend not in TRACED:
-                definition.register_fake(self.reference)
+                definition.register_fake(once_for_a_kind(self.reference))
             op = getattr(getattr(torch.ops, f"autospec_{backend}"), self.name).default
             support = why_not if next_n is None else of_widths(next_n, why_not)
             self.implementations.append(Implementation(backend, support, op, function, next_n))
@@ -130,7 +131,7 @@ class KernelOp:
         schema = str(self.op._schema).removeprefix(f"autospec::{self.name}")
         name = f"autospec_direct::{self.name}"
         definition: Any = torch.library.custom_op(name, launch, mutates_args=self.mutates, schema=schema)
-        definition.register_fake(self.reference)
+        definition.register_fake(once_for_a_kind(self.reference))
         op = getattr(torch.ops.autospec_direct, self.name).default
         LAUNCHES[op] = launch
         return op
@@ -143,7 +144,7 @@ class KernelOp:
         name, schema = f"autospec_cpu::{self.name}", str(self.op._schema).removeprefix("autospec::")
         _native.define(schema)
         _native.impl(self.name, self.reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(name, self.reference, lib=_native)
+        torch.library.register_fake(name, once_for_a_kind(self.reference), lib=_native)
         op = getattr(torch.ops.autospec_cpu, self.name).default
         self.implementations.append(Implementation("cpu", why_not, op, self.reference))
 
@@ -180,7 +181,7 @@ def kernel_op(
     def register(reference: Callable[..., Any]) -> KernelOp:
         name = reference.__name__
         definition = torch.library.custom_op(f"autospec::{name}", reference, mutates_args=mutates)
-        definition.register_fake(fake or reference)
+        definition.register_fake(fake or once_for_a_kind(reference))
         op = getattr(torch.ops.autospec, name).default
         kernel = KernelOp(name, reference, mutates, op, inspect.signature(reference))
         REGISTRY[name] = kernel

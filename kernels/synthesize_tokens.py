@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from autospec.kernels.launch import jit, no_gpu, power_of_2, tl, wrap_triton
+from autospec.kernels.launch import can_wait, gdc_launch_dependents, gdc_wait, jit, no_gpu, power_of_2, tl, wrap_triton
 from autospec.kernels.noise import philox
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
@@ -62,8 +62,11 @@ BLOCK_I = 16  # nodes per program; a guess, the whole launch is microseconds
 @jit
 def synthesize(
     p_target, p_draft, p_parents, p_kv_lens, p_keys, p_rates, p_out, q_len, vocab_size, STREAM: tl.constexpr,
-    DEPTHS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
+    DEPTHS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_i, i_b = tl.program_id(0), tl.program_id(1)
     o_i, o_j = i_i * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
     m_i, m_j = o_i < q_len, o_j < q_len
@@ -96,7 +99,7 @@ def synthesize(
     tl.store(p_out + i_b * q_len + o_i, tl.where(m_follows, b_child, b_token), mask=m_i)
 
 
-@synthesize_tokens.implementation("triton", why_not=no_gpu)
+@synthesize_tokens.implementation("triton", why_not=no_gpu, waits=True)
 def synthesize_tokens_triton(
     target_tokens: Tensor, draft_tokens: Tensor, tree_parents: Tensor, kv_lens: Tensor, row_keys: Tensor, rates: Tensor,
     vocab_size: int,
@@ -104,9 +107,10 @@ def synthesize_tokens_triton(
     """One launch; a bench must not pay for what a real step does not do."""
     batch, q_len = draft_tokens.shape
     tokens = torch.empty_like(target_tokens, memory_format=torch.contiguous_format)
-    wrap_triton(synthesize)[((q_len + BLOCK_I - 1) // BLOCK_I, batch)](
+    wrap_triton(synthesize, waits=True)[((q_len + BLOCK_I - 1) // BLOCK_I, batch)](
         target_tokens.contiguous(), draft_tokens.contiguous(), tree_parents.contiguous(), kv_lens, row_keys, rates, tokens,
         q_len, vocab_size, STREAM=STREAM, DEPTHS=rates.shape[0], BLOCK_I=BLOCK_I, BLOCK_N=power_of_2(q_len),
+        WAITS=can_wait(target_tokens),
     )  # fmt: skip
     return tokens
 

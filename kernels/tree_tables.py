@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from autospec.kernels.launch import jit, no_gpu, power_of_2, tl, wrap_triton
+from autospec.kernels.launch import can_wait, gdc_launch_dependents, gdc_wait, jit, no_gpu, power_of_2, tl, wrap_triton
 from autospec.kernels.registry import kernel_op
 from autospec.kernels.timing import Measurement, measure
 
@@ -58,7 +58,12 @@ def present_rows(q_lens: Tensor, q_len: int) -> Tensor:
 # B requests (i_b), N nodes (o_n), W words of a mask row (o_w). Every node of a block walks to the root at once: as many
 # dependent loads as the tree is deep, where the reference makes N steps.
 @jit
-def walk_to_root(p_parents, p_mask, p_depth, q_len, WORDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
+def walk_to_root(
+    p_parents, p_mask, p_depth, q_len, WORDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WAITS: tl.constexpr
+):
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
     i_n, i_b = tl.program_id(0), tl.program_id(1)
     o_n, o_w = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_W)
     m_n = o_n < q_len
@@ -80,7 +85,7 @@ def walk_to_root(p_parents, p_mask, p_depth, q_len, WORDS: tl.constexpr, BLOCK_N
     tl.store(p_depth + i_b * q_len + o_n, tl.where(b_root, b_depth, 0), mask=m_n)
 
 
-@tree_tables.implementation("triton", why_not=no_gpu)
+@tree_tables.implementation("triton", why_not=no_gpu, waits=True)
 def tree_tables_triton(tree_parents: Tensor) -> tuple[Tensor, Tensor]:
     """One launch for all nodes."""
     batch, q_len = tree_parents.shape
@@ -88,8 +93,9 @@ def tree_tables_triton(tree_parents: Tensor) -> tuple[Tensor, Tensor]:
     tree_mask = tree_parents.new_empty(batch, q_len, words, dtype=torch.int32)
     depth = tree_parents.new_empty(batch, q_len, dtype=torch.int32)
     block_n = min(power_of_2(q_len), 64)
-    wrap_triton(walk_to_root)[((q_len + block_n - 1) // block_n, batch)](
-        tree_parents.contiguous(), tree_mask, depth, q_len, WORDS=words, BLOCK_N=block_n, BLOCK_W=power_of_2(words)
+    wrap_triton(walk_to_root, waits=True)[((q_len + block_n - 1) // block_n, batch)](
+        tree_parents.contiguous(), tree_mask, depth, q_len, WORDS=words, BLOCK_N=block_n, BLOCK_W=power_of_2(words),
+        WAITS=can_wait(tree_parents),
     )
     return tree_mask, depth
 

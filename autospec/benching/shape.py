@@ -131,7 +131,8 @@ def run(arguments: Sequence[str]) -> int:
         for batch in asked.batch:
             rows.append(measure(asked, loaded, drafter, rates, batch, bandwidth))
             print(f"{drafter.asked}, batch {batch}: {statistics.median(rows[-1].decode):.1f} tok/s, "
-                  f"step {1000 * rows[-1].step:.2f} ms", file=sys.stderr, flush=True)  # fmt: skip
+                  f"step {1000 * rows[-1].step:.3f} ms, start-up {rows[-1].start_up['first_token']:.1f} s",
+                  file=sys.stderr, flush=True)  # fmt: skip
             if asked.json:
                 asked.json.write_text(json.dumps(as_json(title, loaded.seconds, rows), indent=1) + "\n")
     print("\n" + table(rows))

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import snapshot_fake
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-Known = dict[Any, Any]  # results by what they follow from, of one FakeTensorMode
+from autospec.kernels.fakes import is_plain, kind_of
 
-_PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))  # and bool, an int
+Known = dict[Any, Any]  # results by what they follow from, of one FakeTensorMode
 
 
 def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
@@ -42,7 +42,7 @@ def run_on_fakes(module: fx.GraphModule, op: Any, args: Sequence[Any], kwargs: M
 
 def run_once(known: Known, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], run: Callable[[], Any]) -> Any:
     """What `run` returns, which calls an op with these arguments; no two results are one tensor."""
-    key = _kind_of(op, args, kwargs)
+    key = kind_of(op, args, kwargs)
     if key in known:
         return pytree.tree_map(_again, known[key])
     result = run()
@@ -57,35 +57,8 @@ def _again(leaf: Any) -> Any:
     return snapshot_fake(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _kind_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What the metadata of a result follows from, hashable; None: this is not known of one of the arguments."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    found: list[Any] = [op, spec, torch.get_default_dtype(), torch.get_default_device()]
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and _is_plain(leaf):
-            sizes = map(_size, (*leaf.size(), *leaf.stride(), leaf.storage_offset()))
-            found.append((leaf.dtype, leaf.device, leaf.requires_grad, leaf.dim(), *sizes))
-        elif isinstance(leaf, torch.SymInt):
-            found.append((torch.SymInt, _size(leaf)))
-        elif isinstance(leaf, _PLAIN):
-            found.append((type(leaf), repr(leaf)))
-        else:
-            return None
-    return tuple(found)
-
-
-def _size(size: int | torch.SymInt) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """A strided fake tensor of which nothing but its metadata is known."""
-    is_known = not isinstance(tensor, FakeTensor) or tensor.constant is not None
-    return not is_known and tensor.layout == torch.strided and not (tensor.is_conj() or tensor.is_neg())
-
-
 def _is_repeatable(leaf: Any, given: set[int]) -> bool:
     """Whether a result is a new tensor, or nothing: a number may have been read, or follow from the data."""
     if not isinstance(leaf, Tensor):
         return leaf is None
-    return _is_plain(leaf) and not leaf.requires_grad and id(leaf) not in given and not free_unbacked_symbols(leaf)
+    return is_plain(leaf) and not leaf.requires_grad and id(leaf) not in given and not free_unbacked_symbols(leaf)

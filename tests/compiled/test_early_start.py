@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
 import torch
+from harness import hopper
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -83,23 +85,50 @@ def test_inductor_is_as_it_was_afterwards():
     assert options["post_grad_custom_post_pass"].uuid()
 
 
+def graph_on(device: torch.device) -> fx.GraphModule:
+    """Sums and highest values of one matrix, which may share a launch, a running sum, and a fill, which reads nothing."""
+    graph, mode = fx.Graph(), FakeTensorMode()
+    x = graph.placeholder("x")
+    with mode:
+        x.meta.update(val=torch.empty(300, 500, device=device), slot=Slot("input", "x", (300, 500)))
+    rows = graph.call_function(torch.ops.aten.sum.dim_IntList, (x, [1]))
+    columns = graph.call_function(torch.ops.aten.amax.default, (x, [0]))
+    running = graph.call_function(torch.ops.aten.cumsum.default, (columns, 0))
+    fill = graph.call_function(torch.ops.aten.full.default, ([777], 3.0), {"device": device})
+    graph.output((rows, columns, running, fill))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    module.meta.update(fake_mode=mode, device=device)
+    return module
+
+
+def test_what_inductor_writes_for_hopper(monkeypatch):
+    """Its own generator: every kernel starts early and waits first, and independent ones share a launch."""
+    hopper.pretend(monkeypatch)
+    source = hopper.written(graph_on(hopper.DEVICE), lower.compile_with_inductor)
+    refuse_unsafe_starts([source])
+    kernels = set(re.findall(r"async_compile\.triton\('(\w+)'", source))
+    assert len(kernels) == 4
+    assert source.count("'launch_pdl': True") == source.count(f"):\n    {WAIT}\n") >= len(kernels)
+    assert "SequentialComboKernelGrid" in source
+
+
+def test_what_inductor_would_write_itself_is_refused(monkeypatch):
+    """A fill reads nothing, so it would not wait, and end before what it was launched behind."""
+    hopper.pretend(monkeypatch)
+    monkeypatch.setattr(lower, "starting_early", lambda device: contextlib.nullcontext({"triton.enable_pdl": True}))
+    source = hopper.written(graph_on(hopper.DEVICE), lower.compile_with_inductor)
+    with pytest.raises(LoweringError, match="does not wait first") as refusal:
+        refuse_unsafe_starts([source])
+    assert "triton_" in str(refusal.value)
+
+
 @pytest.mark.cuda
 def test_what_inductor_writes_on_a_gpu(cuda, monkeypatch):
-    """A fill, a pointwise kernel, a reduction, and two of them in one launch: every kernel waits first."""
+    """The same kernels compute what the graph does."""
     seen: list[str] = []
     check = lower.refuse_unsafe_starts
     monkeypatch.setattr(lower, "refuse_unsafe_starts", lambda sources: (seen.extend(sources), check(sources))[1])
-    graph, mode = fx.Graph(), FakeTensorMode()
-    x = graph.placeholder("x")
-    first = graph.call_function(torch.ops.aten.sum.dim_IntList, (x, [1]))
-    second = graph.call_function(torch.ops.aten.amax.default, (x, [0]))
-    third = graph.call_function(torch.ops.aten.cumsum.default, (second, 0))
-    fill = graph.call_function(torch.ops.aten.full.default, ([777], 3.0), {"device": cuda})
-    graph.output((first, second, third, fill))
-    with mode:
-        x.meta.update(val=torch.empty(300, 500, device=cuda), slot=Slot("input", "x", (300, 500)))
-    module = fx.GraphModule(torch.nn.Module(), graph)
-    module.meta.update(fake_mode=mode, device=cuda)
+    module = graph_on(cuda)
     run = lower.compile_with_inductor(module)
     value = torch.randn(300, 500, device=cuda)
     for mine, theirs in zip(run(value), module(value), strict=True):

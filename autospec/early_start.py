@@ -15,25 +15,35 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._inductor.config
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from autospec.errors import LoweringError
 
 WAIT = "tl.extra.cuda.gdc_wait()"
-_STARTS_EARLY = re.compile(r"'launch_pdl': True")
+_STARTS_EARLY = re.compile(r"""launch_pdl['"]?\s*[:=](?!\s*False)""")
 _FIRST_STATEMENT = re.compile(r"^def (\w+)\([^)]*\):\n(.*)$", re.MULTILINE)
 _GENERATED = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)'''", re.DOTALL)
 
 
 class _InKeys(CustomGraphPass):
-    """Changes nothing: its uuid makes graphs that Inductor cached for others, without these waits, other graphs."""
+    """Changes nothing: its uuid makes graphs that Inductor cached for others, without these waits, other graphs.
+
+    Args:
+        before: the user's own passes, which it runs; without a uuid of theirs nothing is cached, as Inductor has it.
+    """
+
+    def __init__(self, before: Any) -> None:
+        self.before = list(before) if isinstance(before, (list, tuple)) else [] if before is None else [before]
 
     def __call__(self, graph: fx.Graph) -> None:
-        pass
+        for one in self.before:
+            one(graph)
 
-    def uuid(self) -> str:
-        return "autospec: every kernel waits first"
+    def uuid(self) -> Any:
+        theirs = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.before]
+        return None if None in theirs else (get_hash_for_files((__file__,)), *theirs)
 
 
 @contextmanager
@@ -53,32 +63,45 @@ def starting_early(device: torch.device) -> Iterator[dict[str, Any]]:
         mock.patch.object(TritonKernel, "codegen_kernel", _waiting(TritonKernel.codegen_kernel)),
         mock.patch.object(ComboKernel, "codegen_kernel", _waiting(ComboKernel.codegen_kernel)),
     ):
-        yield {"triton.enable_pdl": True, "post_grad_custom_post_pass": _InKeys()}
+        before = torch._inductor.config.post_grad_custom_post_pass
+        yield {"triton.enable_pdl": True, "post_grad_custom_post_pass": _InKeys(before)}
 
 
 def _waiting(generate: Callable[..., str]) -> Callable[..., str]:
+    from torch._inductor.codegen.triton import TritonKernel
+
     def codegen_kernel(self: Any, name: str | None = None) -> str:
-        return wait_first(generate(self, name))
+        source = generate(self, name)
+        return wait_first(source) if TritonKernel._enable_pdl_codegen() else source
 
     return codegen_kernel
 
 
 def wait_first(source: str) -> str:
-    """A kernel's source with a wait as its first statement, if it may start early. Its helper functions stand before it."""
-    if not _STARTS_EARLY.search(source):
-        return source
+    """A kernel's source with a wait as its first statement. Its helper functions stand before it."""
     start = source.rindex("\n@triton.jit")
     begin = source.index("):\n", start) + len("):\n")
     return f"{source[:begin]}    {WAIT}\n{source[begin:]}"
 
 
 def refuse_unsafe_starts(sources: Iterable[str]) -> None:
-    """Raise LoweringError if a generated kernel starts early and does not wait first: it could read what is not yet written."""
+    """Raise LoweringError if a generated kernel starts early and does not wait first: it could read what is not yet written.
+
+    So does a kernel that starts early and is written as no known version of Inductor writes one.
+    """
+
+    def checked(found: re.Match[str]) -> str:
+        name, kernel = found.groups()
+        if _STARTS_EARLY.search(kernel) and dict(_FIRST_STATEMENT.findall(kernel)).get(name, "").strip() != WAIT:
+            raise _unsafe("starts before the one in front of it ends, and does not wait first", name)
+        return ""
+
     for source in sources:
-        for name, kernel in _GENERATED.findall(source):
-            statements = dict(_FIRST_STATEMENT.findall(kernel))
-            if _STARTS_EARLY.search(kernel) and statements.get(name, "").strip() != WAIT:
-                raise LoweringError(
-                    "a kernel that Inductor wrote starts before the one in front of it ends, and does not wait first", at=name,
-                    help="compile='eager' runs the graph as it is; please report the version of torch",
-                )  # fmt: skip
+        if found := _STARTS_EARLY.search(rest := _GENERATED.sub(checked, source)):
+            line = rest[: found.start()].count("\n")
+            raise _unsafe("starts early in a form that is not known", rest.splitlines()[line].strip()[:80])
+
+
+def _unsafe(what: str, where: str) -> LoweringError:
+    return LoweringError(f"a kernel that Inductor wrote {what}", at=where,
+                         help="compile='eager' runs the graph as it is; please report the version of torch")  # fmt: skip

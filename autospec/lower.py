@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def lower(module: fx.GraphModule, name: str, how: str) -> Graph:
 
 
 def launch_directly(module: fx.GraphModule) -> None:
-    """Let kernels that wait inside for the one before them be launched by Triton: Inductor launches them in their turn.
+    """Let our kernels that wait inside for the one before them be launched by Triton: Inductor launches ours in their turn.
 
     Python runs them once, while a CUDA graph is captured. Inside `compiling_ahead` they start to compile now.
     """
@@ -183,9 +184,13 @@ def _inline(module: fx.GraphModule, node: fx.Node, kernel: KernelOp, traced: dic
     module.graph.erase_node(node)
 
 
+_COMPILING = threading.RLock()  # what is patched below is patched for all threads
+
+
 def compile_with_inductor(module: fx.GraphModule) -> Any:
     """Compile with static shapes; weights and state are arguments, so no weight is copied."""
     import torch._inductor
+    from torch._inductor.exc import OperatorIssue
     from torch._inductor.graph import GraphLowering
 
     examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
@@ -203,13 +208,18 @@ def compile_with_inductor(module: fx.GraphModule) -> Any:
     # A thread barrier costs more than a small loop saves: the demo's plain step takes 1.4 ms instead of 1.8 (same machine).
     options["cpp.min_chunk_size"] = 8192
     # Independent kernels in one launch: 357 in a step of a tree of 64 nodes instead of 380, 33 us of 8550 (H100, 2026-11-21).
+    # torch 2.11 may so compute up to 8 weights that follow from inputs alone before their turn and keep them: scaled layers of
+    # which no kernel takes the float8 weight (16 of 2048 x 2048: 68 MB instead of 12; torch 2.13: 12).
     options["combo_kernels"] = device.type == "cuda"
     try:
         with (
+            _COMPILING,
             torch.no_grad(),
             starting_early(device) as early,
             torch._inductor.config.patch(options | early),
             mock.patch.object(GraphLowering, "save_output_code", sources.append),
+            # What Inductor logs of an op that it meets for the first time holds all ops before it, each as often as it is used.
+            mock.patch.object(OperatorIssue, "operator_str", staticmethod(lambda target, args, kwargs: str(target))),
         ):
             compiled = torch._inductor.standalone_compile(plain, examples, dynamic_shapes="from_example_inputs")
     except Exception as error:

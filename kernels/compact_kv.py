@@ -117,7 +117,7 @@ def compact_kv_triton(
     batch, steps = accept_path.shape
     accept_path = accept_path.contiguous()
     for group in launches(pages):
-        page_size, columns = group[0].shape[1], group[0][0, 0].numel()
+        page_size, columns = group[0].shape[1], group[0].shape[2:].numel()
         block_s = power_of_2(steps)
         block_c = min(power_of_2(columns), max(4096 // block_s, 64))
         wrap_triton(move_rows, waits=True)[((columns + block_c - 1) // block_c, batch, len(group))](

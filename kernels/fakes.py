@@ -35,8 +35,7 @@ def once_for_a_kind(reference: Callable[..., Any]) -> Callable[..., Any]:
             return pytree.tree_map(_made, known[key])
         result = reference(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
-        is_new = len({*map(id, given), *map(id, made)}) == len({*map(id, given)}) + len(made)
-        if key is not None and is_new and all(is_plain(leaf) and _is_sized(leaf) for leaf in made):
+        if key is not None and _are_new(made, given):
             known[key] = pytree.tree_map(_metadata, result)
         return result
 
@@ -57,6 +56,14 @@ def _metadata(leaf: Tensor | None) -> _Metadata | None:
 
 def _made(of: _Metadata | None) -> Tensor | None:
     return None if of is None else torch.empty_strided(of.size, of.stride, dtype=of.dtype, device=of.device)
+
+
+def _are_new(made: Sequence[Any], given: Sequence[Any]) -> bool:
+    """Whether results can be made again from their metadata: each has a storage of its own, and starts where it does."""
+    if not all(is_plain(leaf) and _is_sized(leaf) and leaf.storage_offset() == 0 and not leaf.requires_grad for leaf in made):
+        return False
+    theirs = {leaf.untyped_storage()._cdata for leaf in given if isinstance(leaf, Tensor)}
+    return len(theirs | {leaf.untyped_storage()._cdata for leaf in made}) == len(theirs) + len(made)
 
 
 def _is_sized(leaf: Any) -> bool:

@@ -41,7 +41,7 @@ def constant(value: Any) -> Any:
 
 @contextmanager
 def launching_directly() -> Iterator[None]:
-    """Kernels are launched by Triton itself, not shown to Inductor: only so can a kernel start before the one before it ends."""
+    """Kernels are launched by Triton itself, not shown to Inductor: only so can one of ours start before the one before it ends."""
     token = _is_direct.set(True)
     try:
         yield
@@ -114,7 +114,7 @@ def wrap_triton(kernel: Any, waits: bool = False) -> Any:
 def can_wait(tensor: Tensor) -> bool:
     """Whether kernels may start before their turn and wait inside: launched by Triton itself, on a Hopper GPU or newer.
 
-    Where Inductor launches there is nothing to wait for, and it could not see what a kernel with inline assembly writes: it
+    Where Inductor launches ours there is nothing to wait for, and it could not see what a kernel with inline assembly writes: it
     would take every argument for written and copy it, pages included.
     """
     return _is_direct.get() and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)

@@ -127,3 +127,21 @@ def test_arguments_are_declared_in_order(compiled: tuple[Any, Any]) -> None:
     for graph in fast.program.graphs.values():
         assert graph.module is not None
         assert graph.slots == slots(graph.module)
+
+
+def test_what_inductor_logs_of_an_op_is_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its arguments it holds the graph up to there, an op as often as it is used: that never ends (torch 2.11)."""
+    from torch._inductor.exc import OperatorIssue
+
+    class Graph:
+        def __str__(self) -> str:
+            raise AssertionError("all of it is written down")
+
+    def logs(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(OperatorIssue.operator_str("autospec_direct.accept_tree", [Graph()], {}))
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", logs)
+    module = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    module.meta["device"] = torch.device("cpu")
+    with pytest.raises(LoweringError, match=r"RuntimeError: autospec_direct\.accept_tree"):
+        compile_with_inductor(module)

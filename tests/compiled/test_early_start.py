@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness import hopper
 from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autospec import lower
@@ -50,10 +51,37 @@ def test_the_wait_comes_before_anything_else():
     assert waiting.replace(f"    {WAIT}\n", "", 1) == KERNEL
 
 
-def test_a_kernel_that_takes_its_turn_stays():
-    patient = KERNEL.replace("'launch_pdl': True", "'launch_pdl': False")
-    assert wait_first(patient) == patient
-    refuse_unsafe_starts([generated(patient)])
+def test_a_kernel_that_takes_its_turn_need_not_wait():
+    refuse_unsafe_starts([generated(KERNEL.replace("'launch_pdl': True", "'launch_pdl': False"))])
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [
+    ("'''", '"""'), ("'''", "r'''"), ("('triton_", "(\n'triton_"), ("'launch_pdl': True", '"launch_pdl": True'),
+    ("'launch_pdl': True", "'launch_pdl': 1"), ("'launch_pdl': True", "launch_pdl=True"),
+])  # fmt: skip
+def test_what_another_version_may_write_is_refused(ours, theirs):
+    """Known or not known in this form: nothing that starts early passes without its wait."""
+    refuse_unsafe_starts([source := generated(wait_first(KERNEL))])
+    assert ours in source
+    with pytest.raises(LoweringError, match="starts"):
+        refuse_unsafe_starts([generated(KERNEL).replace(ours, theirs)])
+
+
+def test_passes_of_the_user_run_and_are_in_the_keys():
+    class Theirs(CustomGraphPass):
+        def __call__(self, graph):
+            ran.append(graph)
+
+        def uuid(self):
+            return "theirs"
+
+    ran, graph = [], fx.Graph()
+    for before, uuid in ((Theirs(), "theirs"), (ran.append, None)):
+        with torch._inductor.config.patch(post_grad_custom_post_pass=before), starting_early(torch.device("cuda")) as options:
+            mine = options["post_grad_custom_post_pass"]
+        mine(graph)
+        assert (mine.uuid() and mine.uuid()[-1]) == uuid
+    assert ran == [graph, graph]
 
 
 def test_a_kernel_that_reads_before_it_waits_is_refused():
@@ -134,4 +162,5 @@ def test_what_inductor_writes_on_a_gpu(cuda, monkeypatch):
     for mine, theirs in zip(run(value), module(value), strict=True):
         torch.testing.assert_close(mine, theirs)
     early = len(re.findall("'launch_pdl': True", "".join(seen)))
+    assert "".join(seen).count(f"):\n    {WAIT}\n") == early
     assert (early > 1) == (torch.cuda.get_device_capability() >= (9, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autospec import lower
 from autospec.kernels import fused_linear, splits
-from autospec.kernels.ahead import compile_ahead, compiling_ahead
+from autospec.kernels.ahead import compile_ahead, compiling_ahead, is_compiling_ahead
 from autospec.kernels.registry import DIRECT, LAUNCHES, load_all
 
 triton = pytest.importorskip("triton")
@@ -99,6 +100,30 @@ def test_what_cannot_be_compiled_is_left_to_its_launch(monkeypatch, compiled):
         compile_ahead(fails, fakes, {})
     with pytest.raises(RuntimeError, match="no such instruction"):
         launch(monkeypatch, layer())
+
+
+def test_an_interrupt_leaves_nothing_behind(monkeypatch, compiled):
+    """Triton 3.6 would stay in its mode and compile nothing any more."""
+    from triton.runtime import _async_compile
+
+    def interrupted(futures: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_async_compile, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt), compiling_ahead(torch.device("cuda", 0)):
+        assert is_compiling_ahead()
+    assert not is_compiling_ahead()
+
+
+@pytest.mark.parametrize("start", ["fork", "subprocess"])
+def test_threads_do_not_start_where_inductor_forks(compiled, start):
+    with torch._inductor.config.patch(worker_start_method=start), compiling_ahead(torch.device("cuda", 0)):
+        assert is_compiling_ahead() == (start != "fork")
+
+
+def test_who_compiles_in_threads_already_goes_on(compiled):
+    with ThreadPoolExecutor(1) as pool, triton.AsyncCompileMode(pool), compiling_ahead(torch.device("cuda", 0)):
+        assert is_compiling_ahead()
 
 
 def test_nothing_happens_where_there_is_no_gpu():

@@ -78,9 +78,12 @@ def test_nothing_is_a_result_too() -> None:
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("reference", [lambda x: x, lambda x: [x + 1] * 2, lambda x: (x + 1, x.numel())])
+@pytest.mark.parametrize("reference", [
+    lambda x: x, lambda x: x.view(-1), lambda x: [x + 1] * 2, lambda x: (x + 1).chunk(2), lambda x: (x + 1)[1:],
+    lambda x: (x + 1, x.numel()), lambda x: (x + 1).requires_grad_(),
+])  # fmt: skip
 def test_what_is_no_new_tensor_is_asked_for_again(reference: Callable[..., Any]) -> None:
-    """An argument, one tensor twice, a number."""
+    """An argument or a view of it, one tensor twice, two parts or the end of one, a number, what asks for a gradient."""
     fake, asked = counted(reference)
     with FakeTensorMode():
         for _ in range(2):

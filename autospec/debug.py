@@ -2,7 +2,7 @@
 
 dump    write NN_pass.{before,after}.txt for every pass
 verify  run the invariants after every pass, not only after those that changed something
-table   print the stage table when a program was built
+table   print the stage table when a program was built, and which kernels could not be compiled ahead
 """
 
 from __future__ import annotations

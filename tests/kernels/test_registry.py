@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from harness import hopper
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from autospec.kernels.registry import KernelOp, find, load_all
+from autospec.kernels.launch import preparing_launches
+from autospec.kernels.registry import DIRECT, LAUNCHES, KernelOp, find, load_all
 
 B, N, L, T, V = 2, 5, 2, 24, 40
 HQ, HKV, D, DV, P, PAGES = 4, 2, 8, 6, 4, 5
@@ -250,3 +255,33 @@ def test_opcheck_of_triton(cuda, name):
         if implementation.backend == "triton":
             assert implementation.why_not(arguments) is None
             opcheck(implementation.op, (), arguments)
+
+
+DIRECTLY = [(op, one) for op in OPS.values() for one in op.implementations if one.op in DIRECT]
+
+
+@pytest.mark.parametrize(("op", "one"), DIRECTLY, ids=[f"{one.backend}-{op.name}" for op, one in DIRECTLY])
+def test_what_is_launched_directly_can_be_prepared(monkeypatch, op, one):
+    """Its launcher asks fake tensors for nothing that they do not have; otherwise its kernels compile at their first launch."""
+    triton = pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels are interpreted in this process")
+    hopper.pretend(monkeypatch)
+    compiled = []
+
+    def record(self, *args, **kwargs):
+        compiled.append(self.__name__)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "_do_compile", record)
+    mode = FakeTensorMode()
+
+    def fake(x):
+        if isinstance(x, list):
+            return [fake(y) for y in x]
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=hopper.DEVICE) if isinstance(x, Tensor) else x
+
+    arguments = sample(op, ON_A_GPU)
+    with mode, preparing_launches():
+        LAUNCHES[DIRECT[one.op]](**{name: fake(value) for name, value in arguments.items()})
+    assert compiled

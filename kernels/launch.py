@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -40,23 +40,22 @@ def constant(value: Any) -> Any:
 
 
 @contextmanager
-def launching_directly() -> Iterator[None]:
+def _set(flag: ContextVar[bool]) -> Iterator[None]:
+    token = flag.set(True)
+    try:
+        yield
+    finally:
+        flag.reset(token)
+
+
+def launching_directly() -> AbstractContextManager[None]:
     """Kernels are launched by Triton itself, not shown to Inductor: only so can one of ours start before the one before it ends."""
-    token = _is_direct.set(True)
-    try:
-        yield
-    finally:
-        _is_direct.reset(token)
+    return _set(_is_direct)
 
 
-@contextmanager
-def preparing_launches() -> Iterator[None]:
+def preparing_launches() -> AbstractContextManager[None]:
     """Kernels that are launched directly are compiled for their arguments, which may be fake, and not launched."""
-    token = _prepares.set(True)
-    try:
-        yield
-    finally:
-        _prepares.reset(token)
+    return _set(_prepares)
 
 
 def settle_compiler(device: torch.device) -> None:

@@ -155,10 +155,9 @@ class Grower:
         words = (max(1, tree.draft_rows) + 31) // 32
         scores = call(aten.new_zeros.default, self.tokens, [batch, 1], dtype=torch.float32)
         ids = call(aten.new_full.default, self.tokens, [batch, 1], -1, dtype=torch.int32)
-        mask = call(aten.new_zeros.default, self.tokens, [batch, 1, words], dtype=torch.int32)
+        mask = call(aten.new_zeros.default, self.tokens, [batch, 0, words], dtype=torch.int32)
         path, rows = self._no_path(), 1
         pieces: list[list[fx.Node]] = [[], [], []]
-        masks: list[fx.Node] = []
         for level in range(tree.max_draft_len):
             ranked = self._rank(logits, level, count, path)
             if logits.meta["val"].shape[1] < rows:
@@ -169,11 +168,9 @@ class Grower:
             for piece, one in zip(pieces, new, strict=True):
                 piece.append(one)
             if level + 1 < tree.max_draft_len:
-                masks.append(mask)
                 parents = call(aten._to_copy.default, parents, dtype=torch.int64)
                 path = self._extend(path, parents, tokens)
-                whole = call(aten.cat.default, list(masks), 1)
-                logits = run(Frontier(level, level * count, tokens, parents, whole))
+                logits = run(Frontier(level, level * count, tokens, parents, mask))
             rows = count
         root = call(aten.select.int, call(tokens_at, self.tokens, self.kv_lens, 1), 1, 0)
         whole_history = [call(aten.cat.default, piece, 1) for piece in pieces]

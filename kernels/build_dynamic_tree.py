@@ -137,7 +137,7 @@ def bench(device: torch.device) -> Iterator[Measurement]:
 
     for batch, top, levels, most in ((1, 10, 8, 60), (64, 10, 8, 60), (8, 32, 4, 1023)):
         scores, ids = torch.zeros(batch, 1, device=device), torch.full((batch, 1), -1, device=device).int()
-        mask, lens = torch.zeros(batch, 1, 4, device=device).int(), torch.zeros(batch, device=device).int()
+        mask, lens = torch.zeros(batch, 0, 4, device=device).int(), torch.zeros(batch, device=device).int()
         pieces = []
         for level in range(levels):
             shape = batch, scores.shape[1], top

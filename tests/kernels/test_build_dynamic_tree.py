@@ -47,7 +47,7 @@ def grown(seed: int, top: int, levels: int, log_probs: list[float], batch: int =
     g = torch.Generator().manual_seed(seed)
     values = torch.tensor(log_probs)
     scores, ids = torch.zeros(batch, 1), torch.full((batch, 1), -1, dtype=torch.int32)
-    mask, lens = torch.zeros(batch, 1, 1, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
+    mask, lens = torch.zeros(batch, 0, 1, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
     pieces = []
     for level in range(levels):
         shape = batch, scores.shape[1], top

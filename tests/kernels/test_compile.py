@@ -100,7 +100,7 @@ LAUNCHES = {
         torch.zeros(2, 3, 5000).bfloat16(), ints(2, 8, dtype=LONG), ints(2, 8), ints(2), ints(2, dtype=LONG),
         torch.ones(2), ints(2), torch.ones(2), torch.zeros(2), torch.ones(2), torch.zeros(2, 5000).bool(), 1)),
     "rank_candidates": ("grow_frontier", "grow_frontier_triton", lambda: (
-        ints(2, 10, 10, dtype=LONG), torch.zeros(2, 10, 10), torch.zeros(2, 10), ints(2, 10), ints(2, 10, 3), ints(2), ints(2),
+        ints(2, 10, 10, dtype=LONG), torch.zeros(2, 10, 10), torch.zeros(2, 10), ints(2, 10), ints(2, 30, 3), ints(2), ints(2),
         3, 10)),
     "select_best": ("build_dynamic_tree", "build_dynamic_tree_triton", lambda: (
         ints(2, dtype=LONG), ints(2, 710, dtype=LONG), torch.zeros(2, 710), ints(2, 710), 60)),

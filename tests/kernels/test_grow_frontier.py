@@ -26,7 +26,7 @@ class Case:
     child_log_probs: Tensor
     parent_scores: Tensor
     parent_history: Tensor
-    parent_mask: Tensor
+    grown_mask: Tensor
     kv_lens: Tensor
     limits: Tensor
     level: int
@@ -42,13 +42,14 @@ def make_case(seed: int, rows: int, top: int, level: int, count: int | None = No
     values = torch.tensor([0.0, -0.0, -0.5, -0.5, -1.0, 0.25, NOTHING, float("nan")])
     count = min(count or top, rows * top)
     words = (count * (level + 2) + 31) // 32
+    grown = max(rows, level * count) if level else 0
     kv_lens = torch.randint(0, 50, (batch,), generator=g).int()
     return Case(
         child_tokens=torch.randint(0, 999, (batch, rows, top), generator=g),
         child_log_probs=values[torch.randint(0, 8, (batch, rows, top), generator=g)],
         parent_scores=torch.cat([values[:5], values[6:]])[torch.randint(0, 7, (batch, rows), generator=g)],
         parent_history=torch.randint(-1, 500, (batch, rows), generator=g).int(),
-        parent_mask=torch.randint(-(2**31), 2**31, (batch, rows, words), generator=g).int(),
+        grown_mask=torch.randint(-(2**31), 2**31, (batch, grown, words), generator=g).int(),
         kv_lens=kv_lens, limits=kv_lens + level + torch.arange(batch).int() + 1, level=level, count=count,
     )
 
@@ -81,9 +82,13 @@ def check_level(case: Case, result: tuple[Tensor, ...]) -> None:
         assert frontier[1] == [expected[c] for c in best], f"request {b}"
         assert frontier[2] == [first + c for c in best], f"request {b}"
         assert frontier[3] == [c // top for c in best], f"request {b}"
+        earlier = case.grown_mask[b].tolist()
+        assert frontier[4][: len(earlier)] == earlier, f"request {b}"
+        assert len(frontier[4]) == len(earlier) + case.count
         for rank, c in enumerate(best):
-            inherited = bits(case.parent_mask[b, c // top].tolist())
-            assert bits(frontier[4][rank]) == inherited | {case.level * case.count + rank}, f"request {b}, rank {rank}"
+            inherited = bits(earlier[len(earlier) - rows + c // top]) if earlier else set()
+            seen = bits(frontier[4][len(earlier) + rank])
+            assert seen == inherited | {case.level * case.count + rank}, f"request {b}, rank {rank}"
 
 
 SIZES = {"rows": st.integers(1, 7), "top": st.integers(1, 7), "level": st.integers(0, 9), "count": st.integers(1, 12)}
@@ -116,16 +121,16 @@ def test_eagles_sizes(interpreted):
 def test_the_last_level_has_no_bit_left(interpreted):
     """Nodes of the last level are never run: the words hold K (D - 1) bits, and theirs lie past the end."""
     case = make_case(3, 4, 4, 8)
-    case = replace(case, parent_mask=case.parent_mask[:, :, :1])
+    case = replace(case, grown_mask=case.grown_mask[:, :, :1])
     for result in both(interpreted, case):
-        inherited = case.parent_mask.gather(1, result[6].long()[:, :, None])
-        assert torch.equal(result[7], inherited)
+        inherited = case.grown_mask[:, -4:].gather(1, result[6].long()[:, :, None])
+        assert torch.equal(result[7], torch.cat([case.grown_mask, inherited], 1))
 
 
 def test_a_mask_of_no_words(interpreted):
     """D = 1: no node is ever run."""
     case = make_case(4, 1, 5, 0)
-    for result in both(interpreted, replace(case, parent_mask=case.parent_mask[:, :, :0])):
+    for result in both(interpreted, replace(case, grown_mask=case.grown_mask[:, :, :0])):
         assert result[7].shape == (3, 5, 0)
 
 
@@ -149,7 +154,8 @@ def nudged(log_probs: Tensor) -> Tensor:
 
 PLANTED = {
     "wrong parent": lambda c: replace(c, parent_history=c.parent_history.roll(1, 1)),
-    "mask without the parent's words": lambda c: replace(c, parent_mask=torch.zeros_like(c.parent_mask)),
+    "mask without the parent's words": lambda c: replace(c, grown_mask=torch.zeros_like(c.grown_mask)),
+    "words of rows of another level": lambda c: replace(c, grown_mask=c.grown_mask.roll(4, 1)),
     "own bit of another level": lambda c: replace(c, level=c.level + 1, limits=c.limits + 1),
     "scores are not accumulated": lambda c: replace(c, parent_scores=torch.zeros_like(c.parent_scores)),
     "one node past the limit": lambda c: replace(c, limits=c.limits + 1),
@@ -161,8 +167,18 @@ PLANTED = {
 def test_planted_bugs_are_caught(bug):
     case = make_case(7, 4, 4, 2)
     check_level(case, grow_frontier(*case.arguments()))
+    *result, mask = grow_frontier(*PLANTED[bug](case).arguments())
+    grown = case.grown_mask.shape[1]
+    with pytest.raises(AssertionError):  # the copied rows are right: a bug in new rows alone is found
+        check_level(case, (*result, torch.cat([case.grown_mask, mask[:, grown:]], 1)))
+
+
+def test_earlier_rows_forgotten_are_caught():
+    case = make_case(7, 4, 4, 2)
+    *result, mask = grow_frontier(*case.arguments())
+    mask[:, 0] = 0
     with pytest.raises(AssertionError):
-        check_level(case, grow_frontier(*PLANTED[bug](case).arguments()))
+        check_level(case, (*result, mask))
 
 
 def test_ties_to_the_higher_index_are_caught():

@@ -77,7 +77,7 @@ ARGUMENTS = {
     "d2t": lambda: torch.arange(V).flip(0) - torch.arange(V), "child_tokens": lambda: integers(V, B, 3, 3),
     "child_log_probs": lambda: -torch.rand(B, 3, 3), "parent_scores": lambda: -torch.rand(B, 3),
     "parent_history": lambda: integers(3, B, 3, dtype=torch.int32),
-    "parent_mask": lambda: torch.ones(B, 3, 1, dtype=torch.int32), "level": lambda: 1, "root_token": lambda: integers(V, B),
+    "grown_mask": lambda: torch.ones(B, 3, 1, dtype=torch.int32), "level": lambda: 1, "root_token": lambda: integers(V, B),
     "scores": lambda: -torch.rand(B, T), "max_total_draft_tokens": lambda: 6,
     "parents": lambda: torch.arange(-1, T - 1, dtype=torch.int32).expand(B, -1).contiguous(),
     "x": lambda: torch.randn(B, N, 7), "weight": lambda: torch.randn(6, 7), "bias": lambda: torch.randn(6),

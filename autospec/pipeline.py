@@ -46,6 +46,7 @@ from autospec.passes.recognize_attention import RecognizeAttention
 from autospec.passes.recognize_dsa import RecognizeDsa
 from autospec.passes.recognize_mla import RecognizeMla
 from autospec.passes.select_kernels import SelectKernels
+from autospec.passes.skip_unread_rows import SkipUnreadRows
 from autospec.passes.spare_decoding_rows import SpareDecodingRows
 from autospec.passes.spare_experts import SpareExperts
 from autospec.passes.specialize_shapes import SpecializeShapes
@@ -258,8 +259,9 @@ def taps(draft: DraftParts | None) -> list[Pass]:
 def finish(shape: Shape, speculation: Speculation) -> list[Stage]:
     """What every graph of a program ends with."""
     quantized = [QuantizeDraft(prefix=WEIGHT_PREFIX)] if getattr(speculation, "draft_quantization", None) == "fp8" else []
-    ordered = [FixOrder()] if shape.is_exact else []
-    return [Stage("optimise", [*ordered, FuseLinears(), *quantized]), select()]
+    # An exact prompt is computed alike whether a head reads all rows of its last layers or nothing does.
+    settled = FixOrder() if shape.is_exact else SkipUnreadRows()
+    return [Stage("optimise", [settled, FuseLinears(), *quantized]), select()]
 
 
 def select() -> Stage:

@@ -70,7 +70,7 @@ def grow_frontier(
 
 BLOCK_C = 8  # candidates per program; the best of 8, 16 and 32 of 1 to 8 warps
 BLOCK_E = 128
-BLOCK_G = 16  # at least: one compilation for all levels
+BLOCK_G = 16  # at least, so that most levels of a tree share a compilation
 WARPS = 1
 
 # B requests (i_b), C = R K candidates (o_c, compared with all the others o_e), W words of a mask row (o_w), G rows grown

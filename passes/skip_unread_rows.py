@@ -4,15 +4,18 @@
     %z = aten.add.Tensor(%r, %y)           ->    %r1 = autospec.last_rows(%r, %q_lens)
     %l = autospec.last_rows(%z, %q_lens)         %y1 = aten.linear(%x1, %w);  %l = aten.add.Tensor(%r1, %y1)
 
-What follows the last attention of a prompt's chunk, or of a head's pass over committed tokens, is then computed for one row.
+In most decoders all that follows the last attention is then computed for one row: in a prompt's chunk, and where a draft head or
+an external draft runs committed tokens.
 
-Legal: every op that moves computes a row of its result from the same row of its inputs, and all that read it move as well.
-Gives up on: attention, experts, latents and every other op that `_row_inputs` does not know; the choice stays behind them.
+Legal: every op that moves computes a row of its result from the same row of its inputs and writes nothing, and all that read it
+move as well.
+Gives up on: attention, experts and every other op that `_rows_of` does not know, such as those of several results and products
+of all requests' rows in one dimension; the choice stays behind them. State is not read earlier than before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +25,10 @@ from torch import Tensor, fx
 from autospec.ir.build import Builder, inherit
 from autospec.ir.match import aten, calls, operand, overloads
 from autospec.ir.passes import Notes, Pass
+from autospec.ir.slots import slot_of
 from autospec.kernels.commit import last_rows
 
-Inputs = Sequence[fx.Node] | None  # whose same rows a result's row is computed from; None: from other rows, too
+Rows = Sequence[fx.Node] | None  # inputs whose same rows a result's row is computed from; None: from other rows, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +42,20 @@ class SkipUnreadRows(Pass):
         choices: dict[fx.Node, list[fx.Node]] = {}  # by the number of valid rows
         for node in calls(module, last_rows):
             choices.setdefault(operand(node, 1), []).append(node)
-        return sum(_skip(module, count, chosen, notes) for count, chosen in choices.items())
+        return sum(_skip(module, count, chosen, notes) for count, chosen in choices.items() if not _is_state(count))
 
 
 def _skip(module: fx.GraphModule, count: fx.Node, chosen: Sequence[fx.Node], notes: Notes) -> int:
     """Move the choices of the last of `count` valid rows; -> ops that compute fewer rows."""
-    place = {node: i for i, node in enumerate(module.graph.nodes)}
-    moving = _moving(module, set(chosen), place[count], place)
+    moving = _moving(module, count, set(chosen))
     narrow: dict[fx.Node, fx.Node] = {}
-
-    def narrowed(node: fx.Node, builder: Builder) -> fx.Node:
-        if node not in narrow:
-            narrow[node] = builder.call(last_rows, node, count)
-        return narrow[node]
-
-    for node, inputs in moving.items():
+    for node, rows in moving.items():
         builder = Builder(module, node, node.meta.get("module", ""))
-        given = {one: narrowed(one, builder) if one in inputs else one for one in node.all_input_nodes}
-        args, kwargs = fx.map_arg((_sized(node), node.kwargs), given.__getitem__)
+        for one in rows:
+            if one not in narrow:
+                narrow[one] = builder.call(last_rows, one, count)
+        given = {one: narrow[one] if one in rows else one for one in node.all_input_nodes}
+        args, kwargs = fx.map_arg((_arguments(node), node.kwargs), given.__getitem__)
         narrow[node] = builder.call(node.target, *args, **kwargs)
         inherit(narrow[node], node)
     for node in chosen:
@@ -65,37 +65,40 @@ def _skip(module: fx.GraphModule, count: fx.Node, chosen: Sequence[fx.Node], not
     for node in reversed(moving):
         module.graph.erase_node(node)
     if moving:
-        rows = next(iter(moving)).meta["val"].shape[1]
-        notes.say(f"{len(moving)} ops on 1 row instead of {rows}")
+        notes.say(f"{len(moving)} ops on 1 row instead of {next(iter(moving)).meta['val'].shape[1]}")
     return len(moving)
 
 
-def _moving(
-    module: fx.GraphModule, chosen: set[fx.Node], first: int, place: Mapping[fx.Node, int]
-) -> dict[fx.Node, Sequence[fx.Node]]:
-    """Nodes behind `first` of which only a choice is read, in graph order, with the inputs that have the same rows."""
+def _moving(module: fx.GraphModule, count: fx.Node, chosen: set[fx.Node]) -> dict[fx.Node, Sequence[fx.Node]]:
+    """Nodes behind `count` of which only a choice is read, in graph order, with the inputs that have the same rows."""
     moving: dict[fx.Node, Sequence[fx.Node]] = {}
     for node in reversed(module.graph.nodes):
-        if place[node] <= first or not node.users or not all(user in chosen or user in moving for user in node.users):
-            continue
-        inputs = _row_inputs(node)
-        if inputs is not None:
-            moving[node] = inputs
+        if node is count:
+            break
+        # Who reads a node as a parameter needs all of it.
+        if node.users and all(user in chosen or node in moving.get(user, ()) for user in node.users):
+            rows = _rows_of(node)
+            if rows is not None and not any(map(_is_state, rows)):
+                moving[node] = rows
     return dict(reversed(moving.items()))
 
 
-def _row_inputs(node: fx.Node) -> Inputs:
+def _is_state(node: fx.Node) -> bool:
+    return node.op == "placeholder" and slot_of(node).kind == "state"
+
+
+def _rows_of(node: fx.Node) -> Rows:
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] < 2:
         return None
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return _aligned(node, value)
+        return None if node.target._schema.is_mutable else _aligned(node, value)  # type: ignore[union-attr]
     rule = _RULES.get(node.target)
     return rule(node, value) if rule is not None else None
 
 
-def _aligned(node: fx.Node, value: Tensor) -> Inputs:
-    """Every input that has the result's rows; others are the same for all rows."""
+def _aligned(node: fx.Node, value: Tensor) -> Rows:
+    """Every input that has the result's rows; the others are the same for all rows."""
     found = []
     for one in node.all_input_nodes:
         given = one.meta["val"]
@@ -110,50 +113,43 @@ def _aligned(node: fx.Node, value: Tensor) -> Inputs:
     return found or None
 
 
-def _first_has_rows(node: fx.Node, value: Tensor) -> Inputs:
-    """One input with rows, the first; all that follows are parameters."""
-    given = operand(node)
-    others = [one for one in node.all_input_nodes if one is not given]
-    same = given.meta["val"].dim() > 2 and given.meta["val"].shape[:2] == value.shape[:2]
-    return [given] if same and all(one.op == "placeholder" for one in others) else None
+def _first(node: fx.Node, value: Tensor) -> Rows:
+    """The first input, if it has the same rows; all that follows are parameters."""
+    given = operand(node).meta["val"]
+    return [operand(node)] if given.dim() > 2 and given.shape[:2] == value.shape[:2] else None
 
 
-def _behind_rows(node: fx.Node, value: Tensor) -> Inputs:
-    """Reductions, softmax and parts along dimensions behind the rows."""
-    given = operand(node)
-    arguments = {spec.name: argument for spec, argument in zip(node.target._schema.arguments, node.args, strict=False)}  # type: ignore[union-attr]
-    dims = arguments.get("dim", 0)
+def _linear(node: fx.Node, value: Tensor) -> Rows:
+    is_bias_plain = len(node.args) < 3 or node.args[2] is None or operand(node, 2).meta["val"].dim() == 1
+    return _first(node, value) if is_bias_plain else None
+
+
+def _behind_rows(node: fx.Node, value: Tensor) -> Rows:
+    """Reductions and parts along dimensions behind the rows."""
+    dims = node.args[1] if len(node.args) > 1 else None
     dims = dims if isinstance(dims, (list, tuple)) else [dims]
-    is_behind = bool(dims) and all(isinstance(dim, int) and dim % given.meta["val"].dim() > 1 for dim in dims)
-    return _first_has_rows(node, value) if is_behind else None
+    rank = operand(node).meta["val"].dim()
+    is_behind = bool(dims) and all(isinstance(dim, int) and dim % rank > 1 for dim in dims)
+    return _first(node, value) if is_behind else None
 
 
-def _normalized(node: fx.Node, value: Tensor) -> Inputs:
-    return _first_has_rows(node, value) if len(node.args[1]) < value.dim() - 1 else None  # type: ignore[arg-type]
+def _normalized(node: fx.Node, value: Tensor) -> Rows:
+    return _first(node, value) if len(node.args[1]) < value.dim() - 1 else None  # type: ignore[arg-type]
 
 
-def _joined(node: fx.Node, value: Tensor) -> Inputs:
-    """Concatenation behind the rows."""
-    dim = node.args[1] if len(node.args) > 1 else 0
-    return list(node.all_input_nodes) if dim % value.dim() > 1 else None  # type: ignore[operator]
-
-
-def _sized(node: fx.Node) -> tuple[Any, ...]:
-    """The arguments for one row: of a view, whose sizes are among them."""
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Those of a call on one row: the sizes of a view are among them."""
     if node.target in overloads(_VIEWS):
         return (node.args[0], [node.meta["val"].shape[0], 1, *node.meta["val"].shape[2:]])
     return node.args
 
 
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_RULES: dict[Any, Callable[[fx.Node, Tensor], Inputs]] = {
-    **dict.fromkeys(overloads((aten.linear.default, aten._to_copy.default, aten.clone.default, *_VIEWS)), _first_has_rows),
-    **dict.fromkeys(
-        overloads((
-            aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten._softmax.default,
-            aten.softmax.int, aten.slice.Tensor, aten.select.int,
-        )), _behind_rows,
-    ),
-    **dict.fromkeys(overloads((aten.rms_norm.default, aten.layer_norm.default)), _normalized),
-    aten.cat.default: _joined,
-}  # fmt: skip
+_VIEWS = (aten.view.default, aten.reshape.default)
+_PARTS = (aten.mean.dim, aten.sum.dim_IntList, aten.slice.Tensor, aten.select.int)
+_RULES: dict[Any, Callable[[fx.Node, Tensor], Rows]] = {
+    aten.linear.default: _linear,
+    aten.type_as.default: _aligned,
+    **dict.fromkeys((aten._to_copy.default, *_VIEWS), _first),
+    **dict.fromkeys(_PARTS, _behind_rows),
+    **dict.fromkeys((aten.rms_norm.default, aten.layer_norm.default), _normalized),
+}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from autospec.ir.build import Builder, inherit
-from autospec.ir.match import aten, calls, operand, overloads
+from autospec.ir.match import aten, calls, operand
 from autospec.ir.passes import Notes, Pass
 from autospec.ir.slots import slot_of
 from autospec.kernels.commit import last_rows
@@ -139,7 +139,7 @@ def _normalized(node: fx.Node, value: Tensor) -> Rows:
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:
     """Those of a call on one row: the sizes of a view are among them."""
-    if node.target in overloads(_VIEWS):
+    if node.target in _VIEWS:
         return (node.args[0], [node.meta["val"].shape[0], 1, *node.meta["val"].shape[2:]])
     return node.args
 

@@ -30,14 +30,12 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     Nothing starts where somebody compiles asynchronously already, or where Inductor forks: a child would inherit locks that
     threads hold.
     """
-    if triton is None or device.type != "cuda" or torch._inductor.config.worker_start_method == "fork":
+    forks = torch._inductor.config.worker_start_method == "fork"
+    if triton is None or device.type != "cuda" or forks or is_compiling_ahead():
         yield
         return
     from triton.runtime._async_compile import active_mode
 
-    if active_mode.get() is not None:
-        yield
-        return
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     try:
         with torch.cuda.device(device), ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):

@@ -28,12 +28,16 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Inductor's code generator believe in the GPU until the test ends."""
     import triton
     from torch._dynamo.device_interface import get_interface_for_device
+    from torch._inductor import scheduler
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.fx_passes import joint_graph, post_grad
     from triton.backends.compiler import GPUTarget
 
     if torch.cuda.is_available():
         pytest.skip("Inductor remembers the properties of a device, and here is one")
+
+    scheduler.has_triton()  # remembers what this machine has, whichever test came first, and not what is pretended below
+    monkeypatch.setattr(scheduler, "has_triton", lambda: True)
 
     def properties(*args: Any) -> Any:
         return PROPERTIES

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from autospec.program import Program
 from autospec.runtime.replay import bind_graphs
-from autospec.runtime.rows import row_state, write_rows
 
 READ_ALONE_FROM = 4  # rows of a batch that pay for compiling a reader: a guess
 
@@ -60,21 +59,23 @@ class Narrow(Companion):
         super().__init__(program, batch, state)
         self.steps = {length: self.graphs[f"step_{length}"] for length in program.draft_lens()}
         self.rows: list[int] = []
+        self._index = torch.empty(0, dtype=torch.int64)  # self.rows, on the device
+        self._at_rest = {name: slot.fill for name, slot in program.state_slots().items()}
 
     def take(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch, in this order; the others of this program are idle."""
+        """Go on with these rows of the batch, in this order; the others of this program are idle.
+
+        The host does not wait: a launch of the batch may be under way, whose results are what is taken.
+        """
         assert len(rows) <= self.program.shape.batch_size, f"{len(rows)} rows do not fit {self.program.shape.batch_size}"
         self.rows = list(rows)
-        idle = dict.fromkeys(range(len(rows), self.program.shape.batch_size))
-        if idle:
-            write_rows(self.state, [*idle], row_state(idle, self.program.shape, self.state))
+        device = self.batch_state["tokens"].device
+        self._index = torch.tensor(self.rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         for name, tensor in self.row_state.items():
-            tensor[: len(rows)].copy_(self.batch_state[name].index_select(0, self._index()))
+            torch.index_select(self.batch_state[name], 0, self._index, out=tensor[: len(rows)])
+            tensor[len(rows) :].fill_(self._at_rest[name])
 
     def give_back(self) -> None:
         """Write what became of the rows into the batch."""
         for name, tensor in self.row_state.items():
-            self.batch_state[name].index_copy_(0, self._index(), tensor[: len(self.rows)])
-
-    def _index(self) -> Tensor:
-        return torch.tensor(self.rows, device=self.batch_state["tokens"].device)
+            self.batch_state[name].index_copy_(0, self._index, tensor[: len(self.rows)])

@@ -73,22 +73,20 @@ class Session:
                 # While a reader writes into a row's pages, the batch must not: the row stays idle.
                 self._load({seat.row: None if seat.is_alone else seat.request for seat in admitted})
             wanted = schedule.wanted
-            narrower = self._narrower(schedule)
             if wanted is None and not outbox and not schedule.waiting:
                 break
-            if narrower is not None and not outbox:
+            if (narrower := self._narrower(schedule)) is not None:
                 self._go_on(narrower, schedule)
-                narrower = None
             if wanted == "chunk":
                 outbox.send(schedule.launch_chunk(), [_emitted(self.prefill())])
             elif wanted == "lone chunk":
                 assert reader is not None, "nobody reads alone without a reader"
                 outbox.send(*self._read_alone(schedule, reader))
-            elif wanted == "step" and narrower is None:
+            elif wanted == "step":
                 draft_len = policy.next_draft_len() if policy else only
                 emitted = _emitted(self._running.steps[draft_len]())
                 outbox.send(schedule.launch_step(draft_len), [emitted, *counters(self._running.state)])
-            for launch, results in outbox.receive(keep=self.lag if wanted and narrower is None else 0):
+            for launch, results in outbox.receive(keep=self.lag if wanted else 0):
                 delivery.deliver(launch, results)
         if isinstance(self._running, Narrow):
             self._running.give_back()
@@ -103,7 +101,7 @@ class Session:
         return self._narrow[min(fitting)] if fitting else None
 
     def _go_on(self, narrower: Narrow, schedule: Schedule) -> None:
-        """Leave the rest to a narrower program; every result before was delivered."""
+        """Leave the rest to a narrower program. Launches may be under way: each knows whose rows its results are."""
         if isinstance(self._running, Narrow):
             self._running.give_back()
         rows = schedule.last_rows
@@ -209,8 +207,9 @@ class Session:
 
     def _cut(self, row: int, request: Request) -> None:
         """End a row at its last token: the device does not know stop strings, and keeps nothing past them."""
-        state, ids = self._running.state, request.prompt + request.output
-        place = self._running.rows.index(row) if isinstance(self._running, Narrow) else row
+        state, place, ids = self.state, row, request.prompt + request.output
+        if isinstance(self._running, Narrow) and row in self._running.rows:  # else its last launch was one before these
+            state, place = self._running.state, self._running.rows.index(row)
         state["finished"][place] = True
         state["kv_lens"][place] = len(ids) - 1
         state["tokens"][place, len(ids) :] = 0

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autospec.runtime import session
 from autospec.runtime.companions import Narrow, Reader
 from autospec.runtime.outbox import Outbox
 from autospec.runtime.request import SamplingParams
-from autospec.runtime.schedule import Schedule
+from autospec.runtime.schedule import Launch, Schedule
 from autospec.runtime.session import Session
 
 PAIRS = [
@@ -79,6 +80,39 @@ def test_the_last_rows_go_on_in_a_narrower_program(
 def test_a_twin_is_accepted_there_as_well(workshop: Workshop, taken: list[tuple[int, list[int]]]) -> None:
     laws.twin_is_accepted_in_every_row(workshop, 1, True, (1, 2))
     assert taken
+
+
+def test_going_on_waits_for_nothing(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch before is under way when a narrower program takes over: a GPU has work meanwhile."""
+    boxes, under_way, take = [], [], Narrow.take
+
+    def made(device: torch.device, lag: int) -> Outbox[Launch]:
+        boxes.append(Outbox[Launch](device, lag))
+        return boxes[-1]
+
+    def told(narrow: Narrow, rows: list[int]) -> None:
+        under_way.append(len(boxes[-1]))
+        take(narrow, rows)
+
+    monkeypatch.setattr(session, "Outbox", made)
+    monkeypatch.setattr(Narrow, "take", told)
+    for is_stopped in (False, True):
+        laws.queue_is_lossless(workshop, "ngram", GREEDY, 1, is_stopped=is_stopped, buckets=(1, 2))
+    assert under_way
+    assert set(under_way) == {1}
+
+
+def test_rows_that_are_not_taken_are_idle(workshop: Workshop) -> None:
+    busy = workshop.session("eagle dynamic", batch=3, sampling=True, buckets=(2,))
+    run(busy, requests_of(prompts_of(1, (5, 7, 9, 6)), (4, 9, 14, 20), WARM))
+    narrow = busy._narrow[2]
+    for tensor in narrow.row_state.values():
+        tensor.fill_(True if tensor.dtype == torch.bool else 3)
+    narrow.take([1])
+    fresh = narrow.program.new_state()
+    for name, tensor in narrow.row_state.items():
+        assert torch.equal(tensor[1:], fresh[name][1:]), name
+        assert torch.equal(tensor[0], busy.state[name][1]), name
 
 
 FORGOTTEN = [*(("take", name) for name in ("kv_lens", "draft_tokens", "tokens", "page_table", "accept_counts")),

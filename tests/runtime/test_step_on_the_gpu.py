@@ -108,3 +108,7 @@ def test_a_queue_read_one_launch_late(cuda: torch.device, do_sample: bool) -> No
     )
     assert fast.generate(prompts, **options).tolist() == expected.tolist()
     assert fast.session.lag == 1
+    narrow = fast.session._narrow[1]
+    with no_waiting():
+        narrow.take([1])
+        narrow.give_back()

@@ -37,6 +37,7 @@ from autospec.passes.multiply_outer import MultiplyOuter
 from autospec.passes.narrow_linears import NarrowLinears
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX, OffsetDraftLayers
 from autospec.passes.pack_linears import PackLinears
+from autospec.passes.pad_linears import PadLinears
 from autospec.passes.page_index_cache import PageIndexCache
 from autospec.passes.page_kv_cache import PageKvCache
 from autospec.passes.page_latent_cache import PageLatentCache
@@ -271,7 +272,7 @@ def select() -> Stage:
     expanded = ExpandDsaDecode(disabled=disabled, route=asked if asked in ROUTES else "")
     chosen = SelectKernels(disabled=disabled, forced=forced)
     return Stage("select", [
-        MultiplyOuter(), FuseNeighbours(), FuseRope(), expanded, PackLinears(), NarrowLinears(), chosen,
+        MultiplyOuter(), FuseNeighbours(), FuseRope(), expanded, PackLinears(), NarrowLinears(), PadLinears(), chosen,
     ])  # fmt: skip
 
 

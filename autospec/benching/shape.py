@@ -52,6 +52,7 @@ from autospec.kernels.launch import triton
 from autospec.loading import check_head, checked_device
 from autospec.model_zoo.shapes import SHAPES
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
+from autospec.pipeline import left_out
 from autospec.program import CapturedModel, Program
 from autospec.threads import limit_threads
 
@@ -101,6 +102,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--new-tokens", type=int, default=512, help="tokens to decode of each (default 512)")
     made.add_argument("--buckets", type=sizes, default=(), metavar="B,B,...",
                       help="rows of narrower programs that go on at the end of a batch (default none)")  # fmt: skip
+    made.add_argument("--without", default=(), metavar="PASS,...",
+                      type=lambda names: [f"-{one.strip()}" for one in names.split(",")],
+                      help="passes that shall not run, such as pad-linears; `autospec passes` lists them (default none)")  # fmt: skip
     made.add_argument("--verify", action="store_true", help="also time steps that verify and do not draft: one more to compile")
     made.add_argument("--exact", action="store_true", help="with exact=True: what bits that do not depend on the draft cost")
     made.add_argument("--rounds", type=int, default=5, help="timed calls; the median counts (default 5)")
@@ -176,7 +180,7 @@ def measure(
     fast = OptimizedModel(
         loaded.target, loaded.head(drafter), speculation, asked.compile,
         Limits(batch, asked.prompt + asked.new_tokens, None, exact_nodes(asked.exact, speculation), asked.buckets), {},
-        _weights=known, _acceptance=rates,
+        left_out=asked.without, _weights=known, _acceptance=rates,
     )  # fmt: skip
     with fresh_cache() if asked.cold else contextlib.nullcontext():
         start_up = _start(fast, _prompts(asked, loaded, batch, 0), loaded, drafter)
@@ -208,7 +212,7 @@ def measure(
     del program
     _free(asked.device)
     if asked.verify and drafter.options is not None:
-        alone = verify_only(loaded.target, built, tree.max_draft_len, asked.compile, loaded.weights["none"])
+        alone = verify_only(loaded.target, built, tree.max_draft_len, asked.compile, loaded.weights["none"], asked.without)
         verify = statistics.median(_replay(asked, alone, batch)[0])
         del alone
         _free(asked.device)
@@ -301,6 +305,7 @@ def _title(asked: argparse.Namespace, bandwidth: float, loaded: Loaded) -> dict[
     return {
         "shape": asked.shape, "dtype": asked.dtype, "device": where,
         "compile": f"{asked.compile}, {'cold caches' if asked.cold else 'caches as they were found'}",
+        **({"passes": f"all but {', '.join(sorted(asked.without))}"} if asked.without else {}),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
                     f"triton {triton.__version__ if triton else 'none'}",
         "date": time.strftime("%Y-%m-%d"), "seeds": f"weights {asked.seed}, head {asked.seed + 1}, prompts and acceptance "
@@ -312,11 +317,12 @@ def _title(asked: argparse.Namespace, bandwidth: float, loaded: Loaded) -> dict[
 
 
 def _check(asked: argparse.Namespace) -> None:
-    """Refuse what could only fail after minutes of compiling."""
+    """Refuse what could only fail after minutes of compiling; passes to leave out become their names."""
     if asked.shape not in SHAPES:
         raise unknown_option(WHERE, asked.shape, SHAPES, what="shape")
     check_at_least(asked, {"prompt": 1, "new_tokens": 4, "rounds": 1}, WHERE)
     check_files({"--json": asked.json}, WHERE)
+    asked.without = left_out(asked.without)
     if asked.prompt + asked.new_tokens > SHAPES[asked.shape].max_positions:
         raise OptionError(f"{asked.prompt} prompt tokens and {asked.new_tokens} new ones are more than the shape's "
                           f"{SHAPES[asked.shape].max_positions} positions", at="--prompt", where=WHERE,

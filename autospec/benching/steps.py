@@ -39,15 +39,18 @@ SAMPLES = 15
 
 
 def verify_only(
-    target: CapturedModel, shape: Shape, draft_len: int, compile: str, weights: dict[str, Tensor] | None = None
-) -> Program:
+    target: CapturedModel, shape: Shape, draft_len: int, compile: str, weights: dict[str, Tensor] | None = None,
+    left_out: frozenset[str] = frozenset(),
+) -> Program:  # fmt: skip
     """The step of this shape without a drafter, as a program of one graph.
 
     Args:
         weights: of a program of the same target, by slot name; shared where the names agree.
+        left_out: names of optional passes that do not run.
     """
     module, name = copy_graph(target.graph), f"step_{draft_len}"
-    run_stages(module, pipeline.step(shape, target.facts, None, None, draft_len), graph_name=name, debug=debug.options())
+    stages = pipeline.step(shape, target.facts, None, None, draft_len)
+    run_stages(module, stages, graph_name=name, debug=debug.options(), left_out=left_out)
     known = dict(target.weights) | constants_of(module)
     graph = lower(module, name, manner(shape, compile))
     shared = weights or {}

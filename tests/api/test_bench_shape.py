@@ -17,6 +17,7 @@ from autospec.benching.random_model import peaked, random_head, random_model, ra
 from autospec.cli import main
 from autospec.errors import OptionError
 from autospec.model_zoo.shapes import SHAPES
+from autospec.program import Program
 from autospec.trees import chain, dynamic_tree
 
 CPU = torch.device("cpu")
@@ -85,6 +86,29 @@ def test_latents_experts_and_mtp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert drafted["bytes"]["experts"] == pytest.approx(expert * (layers * needed[1] + passes), abs=8)
     assert drafted["bytes"]["target"] == plain["bytes"]["target"]
     assert plain["bytes"]["kv"] == 2 * 29 * (16 + 8) * tiny.layers * 4
+
+
+def test_passes_that_do_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in a step nor in one that only verifies; the table's head says so."""
+    monkeypatch.setattr(shape, "STEPS", {"cpu": 4})
+    monkeypatch.setattr(roofline, "BUFFER", {"cpu": 1 << 20})
+    found: list[list[str]] = []
+
+    def told(asked: object, program: Program, batch: int) -> tuple[list[float], tuple[float, float]]:
+        found.append([slot.name for graph in program.graphs.values() for slot in graph.slots if slot.kind == "weight"])
+        return [1.0, 1.0], (0.0, 0.0)
+
+    monkeypatch.setattr(shape, "_replay", told)
+    words = ["--speculation", "eagle3:2", "--acceptance", "0.9,0.3", "--prompt", "9", "--new-tokens", "4", "--rounds", "1",
+             "--verify"]  # fmt: skip
+    assert main(command(*words)) == 0
+    assert "passes  " not in capsys.readouterr().out
+    assert main(command(*words, "--without", "fuse-linears, skip-unread-rows")) == 0
+    assert "passes       all but fuse-linears, skip-unread-rows" in capsys.readouterr().out
+    fused = [sum("+" in name for name in names) for names in found]
+    assert len(fused) == 4
+    assert min(fused[:2]) > 0
+    assert fused[2:] == [0, 0]
 
 
 def test_as_many_experts_as_tokens_choose() -> None:
@@ -157,7 +181,8 @@ def test_other_profiles_are_refused(text: str) -> None:
 @pytest.mark.parametrize("words", [
     ["--shape", "llama-3.1-80b"], ["--speculation", "eagle3:2,3"], ["--speculation", "eagle:7"],
     ["--speculation", "eagle3:2@3.91"], ["--acceptance", "0.9,0.8,0.7", "--speculation", "eagle3:2"], ["--rounds", "0"],
-    ["--prompt", "200000"], ["--json", "missing/shape.json"], ["--device", "abacus"],
+    ["--prompt", "200000"], ["--without", "fuse-lines"], ["--without", "verify-draft"],
+    ["--json", "missing/shape.json"], ["--device", "abacus"],
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_refused_at_once(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(*words)) == 2

@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
                       help="rows of narrower programs that go on at the end of a batch (default none)")  # fmt: skip
     made.add_argument("--without", default=(), metavar="PASS,...",
                       type=lambda names: [f"-{one.strip()}" for one in names.split(",")],
-                      help="passes that shall not run, such as pad-linears; `autospec passes` lists them (default none)")  # fmt: skip
+                      help="passes that shall not run, such as pad-linears; `autospec passes` lists them")  # fmt: skip
     made.add_argument("--verify", action="store_true", help="also time steps that verify and do not draft: one more to compile")
     made.add_argument("--exact", action="store_true", help="with exact=True: what bits that do not depend on the draft cost")
     made.add_argument("--rounds", type=int, default=5, help="timed calls; the median counts (default 5)")

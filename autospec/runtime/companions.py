@@ -59,13 +59,13 @@ class Narrow(Companion):
         super().__init__(program, batch, state)
         self.steps = {length: self.graphs[f"step_{length}"] for length in program.draft_lens()}
         self.rows: list[int] = []
-        self._index = torch.empty(0, dtype=torch.int64)  # self.rows, on the device
+        self._index = torch.empty(0, dtype=torch.int64)  # rows, on the device, once they are taken
         self._at_rest = {name: slot.fill for name, slot in program.state_slots().items()}
 
     def take(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch, in this order; the others of this program are idle.
 
-        The host does not wait: a launch of the batch may be under way, whose results are what is taken.
+        The host does not wait: a launch before may be under way, and these copies stand behind it in the same stream.
         """
         assert len(rows) <= self.program.shape.batch_size, f"{len(rows)} rows do not fit {self.program.shape.batch_size}"
         self.rows = list(rows)

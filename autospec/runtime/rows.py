@@ -16,10 +16,10 @@ _ROW_STATE = (
 
 
 def row_values(request: Request | None) -> dict[str, float]:
-    """The scalars of a row; None: an idle one."""
+    """The scalars of a row; None: an idle one, as fresh state is."""
     if request is None:
         idle: dict[str, float] = dict.fromkeys(_ROW_STATE, 0)
-        return idle | {"finished": True, "top_p": 1.0, "repetition_penalty": 1.0}
+        return idle | {"finished": True, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
     sampling = request.sampling
     return {
         "prompt_lens": len(request.prompt), "limits": len(request.prompt) + request.max_new_tokens, "finished": False,

@@ -111,7 +111,8 @@ class Session:
 
     def _build_narrower(self, requests: int) -> None:
         for rows in [rows for rows in self._build_narrow if rows < requests]:
-            self._narrow[rows] = Narrow(self._build_narrow.pop(rows)(), self.program, self.state)
+            self._narrow[rows] = Narrow(self._build_narrow[rows](), self.program, self.state)
+            del self._build_narrow[rows]  # not before: a build that fails may be asked for again
 
     def _read_alone(self, schedule: Schedule, reader: Reader) -> tuple[Launch, list[Tensor]]:
         """A chunk of one row's prompt; when it has ended, the row joins the batch."""
@@ -208,7 +209,8 @@ class Session:
     def _cut(self, row: int, request: Request) -> None:
         """End a row at its last token: the device does not know stop strings, and keeps nothing past them."""
         state, place, ids = self.state, row, request.prompt + request.output
-        if isinstance(self._running, Narrow) and row in self._running.rows:  # else its last launch was one before these
+        # A row that a narrower program did not take had its last launch before: its state is in the batch.
+        if isinstance(self._running, Narrow) and row in self._running.rows:
             state, place = self._running.state, self._running.rows.index(row)
         state["finished"][place] = True
         state["kv_lens"][place] = len(ids) - 1

@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 from harness import batching_laws as laws
-from harness.laws import GREEDY, WARM
+from harness.laws import GREEDY, WARM, at_rest, same_tokens
+from harness.models import oracle
 from harness.programs import L, Plant, Workshop, prompts_of, requests_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autospec.program import Program
 from autospec.runtime import session
 from autospec.runtime.companions import Narrow, Reader
 from autospec.runtime.outbox import Outbox
 from autospec.runtime.request import SamplingParams
+from autospec.runtime.rows import row_state
 from autospec.runtime.schedule import Launch, Schedule
 from autospec.runtime.session import Session
 
@@ -74,7 +77,7 @@ def test_the_last_rows_go_on_in_a_narrower_program(
     for lag, is_stopped in ((0, False), (1, True)):
         laws.queue_is_lossless(workshop, drafter, sampling, lag, is_stopped=is_stopped, buckets=(1, 2))
     assert taken
-    assert all(len(rows) <= size for size, rows in taken)
+    assert all(size == min(each for each in (1, 2) if len(rows) <= each) for size, rows in taken)
 
 
 def test_a_twin_is_accepted_there_as_well(workshop: Workshop, taken: list[tuple[int, list[int]]]) -> None:
@@ -113,6 +116,47 @@ def test_rows_that_are_not_taken_are_idle(workshop: Workshop) -> None:
     for name, tensor in narrow.row_state.items():
         assert torch.equal(tensor[1:], fresh[name][1:]), name
         assert torch.equal(tensor[0], busy.state[name][1]), name
+
+
+def test_an_idle_row_is_as_in_fresh_state(workshop: Workshop) -> None:
+    busy = workshop.session("eagle dynamic", batch=3, sampling=True, buckets=(2,))
+    fresh = busy.program.new_state()
+    for name, expected in row_state({1: None}, busy.program.shape, fresh).items():
+        assert torch.equal(fresh[name][1:2], expected.to(fresh[name])), name
+
+
+@pytest.mark.parametrize("drafter", ["plain", "twin"])
+def test_a_row_is_cut_that_was_not_taken(workshop: Workshop, drafter: str) -> None:
+    """Its last launches are under way when a narrower program takes the others over, and the host stops it in one of them."""
+    prompts, counts = prompts_of(7, (5, 6, 7, 8, 9)), (1, 12, 30, 31, 32)
+    expected = [oracle("target", prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+    for stop in range(1, 13):
+        requests = requests_of(prompts, counts)
+        last = prompts[1] + expected[1][:stop]
+        requests[1].should_stop = last.__eq__
+        busy = workshop.session(drafter, batch=4, buckets=(3,))
+        run(busy, requests, lag=2)
+        same_tokens(requests, [one[:stop] if row == 1 else one for row, one in enumerate(expected)])
+        at_rest(busy, [one for one in busy.occupants if one is not None])
+
+
+def test_a_build_that_failed_is_asked_for_again(workshop: Workshop) -> None:
+    busy, asked = workshop.session("plain", batch=2, draft_len=1, buckets=(1,)), []
+    build = busy._build_narrow[1]
+
+    def failing() -> Program:
+        asked.append("once")
+        if len(asked) == 1:
+            raise MemoryError
+        return build()
+
+    busy._build_narrow[1] = failing
+    requests = (prompts_of(3, (5, 6, 7)), (2, 9, 20))
+    with pytest.raises(MemoryError):
+        run(busy, requests_of(*requests))
+    run(busy, requests_of(*requests))
+    assert set(busy._narrow) == {1}
+    assert not busy._build_narrow
 
 
 FORGOTTEN = [*(("take", name) for name in ("kv_lens", "draft_tokens", "tokens", "page_table", "accept_counts")),

@@ -52,7 +52,7 @@ from autospec.kernels.launch import triton
 from autospec.loading import check_head, checked_device
 from autospec.model_zoo.shapes import SHAPES
 from autospec.passes.offset_draft_layers import WEIGHT_PREFIX
-from autospec.pipeline import left_out
+from autospec.pipeline import pass_types
 from autospec.program import CapturedModel, Program
 from autospec.threads import limit_threads
 
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--buckets", type=sizes, default=(), metavar="B,B,...",
                       help="rows of narrower programs that go on at the end of a batch (default none)")  # fmt: skip
     made.add_argument("--without", default=(), metavar="PASS,...",
-                      type=lambda names: [f"-{one.strip()}" for one in names.split(",")],
+                      type=lambda names: [one.strip() for one in names.split(",") if one.strip()],
                       help="passes that shall not run, such as pad-linears; `autospec passes` lists them")  # fmt: skip
     made.add_argument("--verify", action="store_true", help="also time steps that verify and do not draft: one more to compile")
     made.add_argument("--exact", action="store_true", help="with exact=True: what bits that do not depend on the draft cost")
@@ -180,7 +180,7 @@ def measure(
     fast = OptimizedModel(
         loaded.target, loaded.head(drafter), speculation, asked.compile,
         Limits(batch, asked.prompt + asked.new_tokens, None, exact_nodes(asked.exact, speculation), asked.buckets), {},
-        left_out=asked.without, _weights=known, _acceptance=rates,
+        left_out=frozenset(asked.without), _weights=known, _acceptance=rates,
     )  # fmt: skip
     with fresh_cache() if asked.cold else contextlib.nullcontext():
         start_up = _start(fast, _prompts(asked, loaded, batch, 0), loaded, drafter)
@@ -212,7 +212,9 @@ def measure(
     del program
     _free(asked.device)
     if asked.verify and drafter.options is not None:
-        alone = verify_only(loaded.target, built, tree.max_draft_len, asked.compile, loaded.weights["none"], asked.without)
+        alone = verify_only(
+            loaded.target, built, tree.max_draft_len, asked.compile, loaded.weights["none"], frozenset(asked.without)
+        )  # fmt: skip
         verify = statistics.median(_replay(asked, alone, batch)[0])
         del alone
         _free(asked.device)
@@ -317,12 +319,15 @@ def _title(asked: argparse.Namespace, bandwidth: float, loaded: Loaded) -> dict[
 
 
 def _check(asked: argparse.Namespace) -> None:
-    """Refuse what could only fail after minutes of compiling; passes to leave out become their names."""
+    """Refuse what could only fail after minutes of compiling."""
     if asked.shape not in SHAPES:
         raise unknown_option(WHERE, asked.shape, SHAPES, what="shape")
     check_at_least(asked, {"prompt": 1, "new_tokens": 4, "rounds": 1}, WHERE)
     check_files({"--json": asked.json}, WHERE)
-    asked.without = left_out(asked.without)
+    optional = [one.name for one in pass_types() if one.is_optional]
+    for name in asked.without:
+        if name not in optional:
+            raise unknown_option(f"{WHERE} --without", name, optional, what="optional pass")
     if asked.prompt + asked.new_tokens > SHAPES[asked.shape].max_positions:
         raise OptionError(f"{asked.prompt} prompt tokens and {asked.new_tokens} new ones are more than the shape's "
                           f"{SHAPES[asked.shape].max_positions} positions", at="--prompt", where=WHERE,

@@ -85,7 +85,7 @@ class PadLinears(Pass):
             line = "; ".join([str(times), *(f"{form}: {why}" for form, why in times.failures.items()), shapes_text(arguments)])
             if line not in told:
                 told.add(line)
-                notes.say(line) if is_padded else notes.refuse(node, f"padding does not pay: {line}")
+                notes.say(f"padding pays: {line}") if is_padded else notes.refuse(node, f"padding does not pay: {line}")
             if is_padded:
                 _pad(module, node, rows, arguments["more"])
                 count += 1

@@ -106,7 +106,7 @@ def test_the_times_are_told_once() -> None:
     twice = sketch([Slot("input", "x", (5, 4)), Slot("weight", "first", (5, 4))], write, "cuda")
     [record] = apply(twice, PadLinears())
     assert record.count == 2
-    assert record.details == ("as_it_is 2.0 us, padded 1.0 us; x [5, 4], weight [5, 4], more 3",)
+    assert record.details == ("padding pays: as_it_is 2.0 us, padded 1.0 us; x [5, 4], weight [5, 4], more 3",)
     assert record.refusals == ()
 
 
